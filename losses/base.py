@@ -1,0 +1,144 @@
+"""The contract of a distillation method.
+
+One file in `losses/` is one method: a class that derives from `Method`, with a nested `Options` dataclass, `needs` and a
+`forward` that returns named, unweighted terms. The file's name is the method's name. From that follow, with no other edit:
+`--method NAME`, one flag per option (`--NAME-temperature`) and per term weight (`--NAME-logits-weight`), help and documentation
+with live defaults, log columns `NAME/term`, optimizer membership, DDP, checkpoints and exact resume, and the contract tests.
+
+Shape letters used in every file: B images on this process, K classes, C channels, H W input size, h w feature size, N = h*w.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = 255  # label value of pixels that count nowhere
+
+
+def option(default, help, *, choices=None, when=None, **per_dataset):
+    """One setting of a method, and its command line flag.
+
+    Args:
+        default: value on data sets that are not named in `per_dataset`; its type is the flag's type (a tuple: several values).
+        help: one line for `--help` and the generated documentation.
+        choices: allowed values.
+        when: `(other_option, value, {"default": ..., dataset: ...})`: other defaults when another option of the method has
+            that value.
+        per_dataset: defaults per data set, by its name in `dataset/specs.py`.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "when": when, "per_dataset": per_dataset})
+
+
+def weight(default, help="", *, when=None, **per_dataset):
+    """The weight of one term of the loss, which names the term: field `logits_weight` weighs `terms["logits"]`; a field that is
+    called `weight` weighs the term that is called like the method. A weight of 0 switches the term off: it is not computed, and
+    what it alone needs should not be built (`self.active(term)`)."""
+    return option(float(default), help, when=when, **{name: float(value) for name, value in per_dataset.items()})
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method may know when it is built.
+
+    `student` and `teacher` map the names of `SegOutput`'s fields to channel counts, `crop` is (H, W) in pixels, `global_batch`
+    counts the images of one micro-batch on all ranks together, `seed` is the run's.
+    """
+
+    student: dict[str, int]
+    teacher: dict[str, int]
+    num_classes: int
+    crop: tuple[int, int]
+    global_batch: int
+    dataset: str = "shapes"
+    seed: int = 0
+
+
+class Method(nn.Module):
+    """A distillation loss: `forward(student, teacher, batch) -> {term: scalar}`, unweighted, around pure functions.
+
+    Class attributes:
+        title, paper, url: for the documentation.
+        needs: the fields of `SegOutput` that `forward` reads of student and teacher. A method whose needs depend on its options
+            sets `self.needs` in `__init__`.
+        grad_clip: largest L2 norm of the gradient of this method's own parameters, None for no clipping.
+
+    `forward` gets the student's and the teacher's `SegOutput` (the teacher's tensors carry no gradient) and the `Batch` (target
+    (B, H, W) uint8 with 255 = ignore, progress of the training in [0, 1]). It returns every active term, each a finite scalar
+    whose gradient reaches the student.
+    """
+
+    name: ClassVar[str]  # the file's name, set by losses/__init__.py
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    url: ClassVar[str] = ""
+    needs: tuple[str, ...] = ("logits",)
+    grad_clip: float | None = None
+
+    @dataclass(frozen=True)
+    class Options:
+        pass
+
+    def __init__(self, options, setup: Setup):
+        super().__init__()
+        self.options = options
+        self.setup = setup
+        self.weights = {term: value for term in self.terms() if (value := getattr(options, self._weight_field(term))) != 0}
+        if not self.weights:
+            raise ValueError(f"every weight of {self.name} is 0; drop it from --method or give one of {', '.join(self.terms())} a weight")
+
+    @classmethod
+    def terms(cls) -> tuple[str, ...]:
+        """The names of all terms, in the order of their weights in `Options`."""
+        names = [f.name for f in dataclasses.fields(cls.Options)]
+        return tuple(cls.name if n == "weight" else n.removesuffix("_weight") for n in names if n == "weight" or n.endswith("_weight"))
+
+    @classmethod
+    def _weight_field(cls, term: str) -> str:
+        return "weight" if term == cls.name else f"{term}_weight"
+
+    def active(self, term: str) -> bool:
+        """Whether the term has a weight other than 0."""
+        return term in self.weights
+
+    def factors(self, progress: float) -> dict[str, float]:
+        """Factors on the weights that change during training; `progress` runs from 0 to 1. The key "task" scales the task loss."""
+        return {}
+
+    def own_optimizer(self) -> torch.optim.Optimizer | None:
+        """An optimizer for parameters of this method that must not be trained by the student's (an adversarial critic's Adam)."""
+        return None
+
+    def uniform(self, batch, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1) of shape (B, *shape) that depend on the run's seed, the step and the image's place in the
+        global batch alone: equal for any number of ranks, after a resume, and whatever else draws random numbers."""
+        device = batch.image.device
+        generator = torch.Generator(device)
+        generator.manual_seed(crc32(f"{self.name}/{self.setup.seed}/{batch.step}".encode()))
+        rows = torch.rand(batch.global_size, *shape, generator=generator, device=device)
+        return rows[batch.offset : batch.offset + len(batch)]
+
+
+def resolve(method: type[Method], dataset: str, given: dict) -> tuple[object, dict[str, str]]:
+    """The method's options for a data set: (Options, source of each value). `given` are the values of the command line.
+
+    Precedence: command line, then the data set's value, then the default; `when` chooses the table they are taken from.
+    """
+    values, sources = {}, {}
+    fields = {f.name: f for f in dataclasses.fields(method.Options)}
+    # an option that others depend on must be known before them
+    for name in sorted(fields, key=lambda n: fields[n].metadata["when"] is not None):
+        meta = fields[name].metadata
+        table = {"default": fields[name].default, **meta["per_dataset"]}
+        if meta["when"] and values[meta["when"][0]] == meta["when"][1]:
+            table = meta["when"][2]
+        if name in given:
+            values[name], sources[name] = given[name], "command line"
+        elif dataset in table:
+            values[name], sources[name] = table[dataset], f"data set {dataset}"
+        else:
+            values[name], sources[name] = table["default"], "default"
+    return method.Options(**values), sources

@@ -1,0 +1,151 @@
+"""Backbones: torchvision's networks as four stages (c1, c2, c3, c4), dilated to an output stride.
+
+The published CIRKD, CIRKDv2 and Af-DCD models use the same networks, so their weights fit. To add one, write a module whose
+constructor takes (output_stride, in_channels), which has `.channels` and returns four stages, and add it to BACKBONES.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.func import functional_call
+
+STRIDES = (8, 16, 32)
+
+
+def dilate(blocks: Iterable[nn.Module], stride: int, output_stride: int) -> None:
+    """Trade every stride beyond `output_stride` for dilation by rewriting the convolutions in place; parameter names stay.
+
+    torchvision's own `replace_stride_with_dilation` raises on ResNet-18 and -34. A convolution that loses its stride keeps the
+    dilation before it, so that it reads the grid its input has; all later ones get twice that (DeepLab's rule, and CIRKD's).
+
+    Args:
+        blocks: residual blocks in the order in which they run, each with at most one halving of the size.
+        stride: of the first block's input.
+    """
+    dilation = 1
+    for block in blocks:
+        convs = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+        before, halves = dilation, any(conv.stride != (1, 1) for conv in convs)
+        removed = halves and stride >= output_stride
+        if removed:
+            dilation *= 2
+        elif halves:
+            stride *= 2
+        for conv in convs:
+            rate = before if removed and conv.stride != (1, 1) else dilation
+            if removed:
+                conv.stride = (1, 1)
+            if conv.kernel_size != (1, 1):
+                conv.dilation = (rate, rate)
+                conv.padding = tuple(rate * (size // 2) for size in conv.kernel_size)
+
+
+def initialize(part: nn.Module) -> None:
+    """Kaiming-normal convolutions, fan out: as torchvision initialises the rest of its networks."""
+    for module in part.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def widen_input(conv: nn.Conv2d, in_channels: int) -> nn.Conv2d:
+    """The first convolution, or a freshly initialised one like it if the images have another number of channels."""
+    if in_channels == conv.in_channels:
+        return conv
+    wide = nn.Conv2d(in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    initialize(wide)
+    return wide
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet without its classifier.
+
+    Args:
+        constructor: `torchvision.models.resnet18` or a sibling.
+        deep_stem: three 3x3 convolutions (64, 64, 128 channels) in place of the 7x7. This is what "resnet18" means in the CIRKD
+            line; torchvision's ImageNet weights fit the plain stem only.
+    """
+
+    def __init__(self, constructor: Callable, deep_stem: bool, output_stride: int, in_channels: int):
+        super().__init__()
+        net = constructor(weights=None)
+        self.deep_stem = deep_stem
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        if deep_stem:
+            self.conv1 = nn.Conv2d(in_channels, 64, 3, stride=2, padding=1, bias=False)
+            self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+            self.bn2 = nn.BatchNorm2d(64)
+            self.conv3 = nn.Conv2d(64, 128, 3, padding=1, bias=False)
+            self.bn3 = nn.BatchNorm2d(128)
+            block = type(self.layer1[0])
+            width = 64 * block.expansion
+            self.layer1[0] = block(128, 64, downsample=nn.Sequential(nn.Conv2d(128, width, 1, bias=False), nn.BatchNorm2d(width)))
+            for part in (self.conv1, self.conv2, self.conv3, self.layer1[0]):
+                initialize(part)
+        else:
+            self.conv1 = widen_input(self.conv1, in_channels)
+        dilate([*self.layer2, *self.layer3, *self.layer4], 4, output_stride)
+        self.channels = tuple(width * type(self.layer1[0]).expansion for width in (64, 128, 256, 512))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.relu(self.bn1(self.conv1(x)))
+        if self.deep_stem:
+            x = self.relu(self.bn2(self.conv2(x)))
+            x = self.relu(self.bn3(self.conv3(x)))
+        c1 = self.layer1(self.maxpool(x))
+        c2 = self.layer2(c1)
+        c3 = self.layer3(c2)
+        return c1, c2, c3, self.layer4(c3)
+
+
+class MobileNetV2(nn.Module):
+    """torchvision's MobileNetV2 up to its 320 channels; the last 1280-channel convolution is left out, as in the CIRKD line."""
+
+    channels = (24, 32, 96, 320)
+    ends = (3, 6, 13, 17)  # the last block at each stride
+
+    def __init__(self, output_stride: int, in_channels: int):
+        super().__init__()
+        self.features = torchvision.models.mobilenet_v2(weights=None).features[:18]
+        self.features[0][0] = widen_input(self.features[0][0], in_channels)
+        dilate(self.features[1:], 2, output_stride)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        stages = []
+        for index, block in enumerate(self.features):
+            x = block(x)
+            if index in self.ends:
+                stages.append(x)
+        return tuple(stages)
+
+
+DEPTHS = (18, 34, 50, 101)
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    **{f"resnet{n}": partial(ResNet, getattr(torchvision.models, f"resnet{n}"), True) for n in DEPTHS},
+    **{f"resnet{n}_vanilla": partial(ResNet, getattr(torchvision.models, f"resnet{n}"), False) for n in DEPTHS},
+    "mobilenetv2": MobileNetV2,
+}
+
+
+def build_backbone(name: str, output_stride: int = 8, in_channels: int = 3) -> nn.Module:
+    """A module whose forward maps (B, in_channels, H, W) to (c1, c2, c3, c4), with `.channels` of the four.
+
+    Strides are 4, 8, 16, 32, none above `output_stride` (8, 16 or 32). Weights are random; see `models.weights`.
+    """
+    if output_stride not in STRIDES:
+        raise ValueError(f"output stride {output_stride} is not possible; choose one of {', '.join(map(str, STRIDES))}")
+    backbone = BACKBONES[name](output_stride=output_stride, in_channels=in_channels)
+    # a backbone that ignores its stride still trains, to a wrong result: look at the real shapes
+    stages = on_meta(backbone, torch.empty(1, in_channels, 64, 64, device="meta"))
+    expected = [(1, c, 64 // s, 64 // s) for c, s in zip(backbone.channels, (min(n, output_stride) for n in (4, 8, 16, 32)), strict=True)]
+    assert [tuple(stage.shape) for stage in stages] == expected, f"{name} at stride {output_stride}: {[s.shape for s in stages]}"
+    return backbone
+
+
+def on_meta(module: nn.Module, *args, **kwargs):
+    """The module's output on the meta device: shapes without arithmetic. The module itself is left as it is."""
+    tensors = {name: tensor.detach().to("meta") for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    return functional_call(module, tensors, args, kwargs)

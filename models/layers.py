@@ -1,0 +1,24 @@
+"""Layers that several heads share."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, dilation: int = 1, norm=nn.BatchNorm2d) -> nn.Sequential:
+    """Convolution without bias that keeps the size, normalisation, ReLU."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
+    return nn.Sequential(conv, norm(out_channels), nn.ReLU(inplace=True))
+
+
+class PooledBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d for maps pooled to 1x1, which trains on a batch of one image too.
+
+    One image then gives one value per channel. Its variance is 0 and its normalised value 0 whatever the image (torch raises), so
+    such a batch is normalised with the running statistics, as in evaluation, and leaves them unchanged. SyncBatchNorm, which
+    replaces this class when a model is converted, sees one value per rank and needs no such rule on two ranks or more.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
+        return super().forward(x)

@@ -1,0 +1,343 @@
+"""Weights into models: ImageNet backbones, this project's checkpoints, checkpoints of other codebases.
+
+No file can run code: every load says `weights_only=True` literally (the environment variable
+TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 overrides a default, not an argument). Every key that finds no counterpart is reported.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from . import build_model
+from .segmentor import Segmentor
+
+FORMAT_PREFIX = "segkd/"  # what this project's checkpoints start their "format" with
+TORCHVISION_NAMES = {**{f"resnet{n}_vanilla": f"resnet{n}" for n in (18, 34, 50, 101)}, "mobilenetv2": "mobilenet_v2"}
+RESNETS = {  # (blocks per stage, bottleneck) -> name
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+}
+HEADS = {"head.aspp.": "deeplabv3", "head.pyramid.": "pspnet"}  # keys that only this head has -> model
+
+
+class Layout(NamedTuple):
+    """The key names of another codebase: `mark` is found in some key of its files; all `rules` are applied in order."""
+
+    mark: str
+    rules: tuple[tuple[str, str], ...]
+
+
+LAYOUTS = {
+    # CIRKD, CIRKDv2, Af-DCD, DIST, LAD
+    "CIRKD line": Layout(
+        r"^pretrained\.",
+        (
+            (r"^pretrained\.(net\.)?", "backbone."),
+            (r"^head\.aspp\.b0\.", "head.aspp.0."),
+            (r"^head\.aspp\.b([123])\.block\.", r"head.aspp.\1."),
+            (r"^head\.aspp\.b4\.gap\.1\.", "head.pool.0."),  # gap.0 is the pooling itself
+            (r"^head\.aspp\.b4\.gap\.2\.", "head.pool.1."),
+            (r"^head\.aspp\.project\.", "head.project."),
+            (r"^head\.psp\.conv1\.", "head.pyramid.0."),
+            (r"^head\.psp\.conv2\.", "head.pyramid.1."),
+            (r"^head\.psp\.conv3\.", "head.pyramid.2."),
+            (r"^head\.psp\.conv4\.", "head.pyramid.3."),
+            (r"^auxlayer\.", "aux_head."),
+            (r"^(head|aux_head)\.block\.4\.", r"\1.classifier."),
+            (r"^(head|aux_head)\.block\.", r"\1.fuse."),
+        ),
+    ),
+    # MobileNetV2 blocks as one flat list (conv, BN, ReLU6, conv, ...); torchvision nests each conv, BN, ReLU6 in a list of its own
+    "flat MobileNetV2": Layout(
+        r"features\.1\.conv\.0\.weight$",
+        (
+            (r"(features\.\d+\.conv)\.([01])\.(?=[a-z])", r"\1.0.\2."),
+            (r"(features\.1\.conv)\.3\.", r"\1.1."),  # block 1 has no expansion, hence one list less
+            (r"(features\.1\.conv)\.4\.", r"\1.2."),
+            (r"(features\.(?!1\.)\d+\.conv)\.3\.", r"\1.1.0."),
+            (r"(features\.(?!1\.)\d+\.conv)\.4\.", r"\1.1.1."),
+            (r"(features\.(?!1\.)\d+\.conv)\.6\.", r"\1.2."),
+            (r"(features\.(?!1\.)\d+\.conv)\.7\.", r"\1.3."),
+        ),
+    ),
+}
+
+
+class Difference(NamedTuple):
+    """A tensor that a model and a file do not share: "missing" in the file, "unexpected" there, or of "wrong shape"."""
+
+    problem: str
+    key: str
+    model: str
+    file: str
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading files
+
+
+def read_state(path: str | Path, verify: Callable[[Path], None] | None = None) -> tuple[dict[str, Tensor], dict]:
+    """The state dict in a file, on the CPU, and what else is known: `{"format": str, "config": the run's or None}`.
+
+    Understands a bare state dict, {"state_dict": ..., ...} and this project's checkpoints (their student); a `module.` prefix is
+    stripped. Key names are otherwise the file's.
+
+    Args:
+        verify: called with the path if it is this project's checkpoint; raises if the content does not match its checksum.
+
+    Raises:
+        ValueError: one line with file, reason and remedy: no such file, damaged, holds code, or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give the path of a checkpoint file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise almost anything, from EOFError to UnicodeDecodeError
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{path}: not loaded ({type(error).__name__}: {reason}); it is damaged, or holds more than tensors and plain values, "
+            f"which could run code; fetch it again, or have its author save the state_dict alone"
+        ) from error
+
+    info = {"format": "state_dict", "config": None}
+    state = content
+    if isinstance(content, dict) and str(content.get("format")).startswith(FORMAT_PREFIX):
+        if verify is not None:
+            verify(path)
+        info = {"format": content["format"], "config": content.get("config")}
+        if not isinstance(info["config"], dict) or not isinstance(info["config"].get("model"), dict):
+            raise ValueError(f"{path}: a {content['format']} checkpoint without the model's config; use another copy of it")
+        state = content.get("student")
+    elif isinstance(content, dict) and "state_dict" in content:
+        state = content["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        found = f"a dict with {', '.join(map(str, list(state)[:4])) or 'no keys'}" if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path}: no weights but {found}; give a state_dict, a dict with 'state_dict', or a checkpoint of this project")
+    if all(key.startswith("module.") for key in state):  # saved from within DataParallel or DDP
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state), info
+
+
+def is_foreign(state: dict[str, Tensor]) -> bool:
+    """Whether some key is named as in one of LAYOUTS."""
+    return any(re.search(layout.mark, key) for layout in LAYOUTS.values() for key in state)
+
+
+def translate_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under this project's names; names that no layout knows stay, so translated keys stay too."""
+    for layout in LAYOUTS.values():
+        if any(re.search(layout.mark, key) for key in state):
+            state = {apply(layout.rules, key): value for key, value in state.items()}
+    return state
+
+
+def apply(rules: tuple[tuple[str, str], ...], key: str) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def infer_config(state: dict[str, Tensor]) -> dict:
+    """Arguments of `build_model` that fit a state dict, from its names and shapes.
+
+    Names cannot tell the generation of a published model (CIRKD v1, CIRKDv2), widths do. The tensors do not show two things: the
+    output stride, taken to be 8 as in all CIRKD-line models, and the normalisation: "caffe-bgr" for names of another codebase, the
+    default "imagenet" for this project's.
+
+    Raises:
+        ValueError: one line; the model is none that this project has.
+    """
+    foreign = is_foreign(state)
+    state = translate_keys(state)
+    model = next((name for mark, name in HEADS.items() if any(key.startswith(mark) for key in state)), None)
+    counts = tuple(len({key.split(".")[2] for key in state if key.startswith(f"backbone.layer{n}.")}) for n in (1, 2, 3, 4))
+    backbone = RESNETS.get((counts, "backbone.layer1.0.conv3.weight" in state))
+    if backbone and "backbone.conv3.weight" not in state:  # the deep stem's third convolution
+        backbone += "_vanilla"
+    if "backbone.features.17.conv.0.0.weight" in state:
+        backbone = "mobilenetv2"
+    classifier, first = state.get("head.classifier.weight"), state.get("backbone.conv1.weight", state.get("backbone.features.0.0.weight"))
+    if model is None or backbone is None or classifier is None or first is None or classifier.dim() != 4 or first.dim() != 4:
+        raise ValueError(
+            f"the weights fit no known model (head: {model or 'unknown'}, backbone: {backbone or 'unknown'}, first key: "
+            f"{next(iter(state))}); possible: {', '.join(HEADS.values())} on {', '.join(RESNETS.values())}, mobilenetv2"
+        )
+    return {
+        "model": model,
+        "backbone": backbone,
+        "num_classes": classifier.shape[0],
+        "head_width": classifier.shape[1],
+        "aux": any(key.startswith("aux_head.") for key in state),
+        "normalization": "caffe-bgr" if foreign else "imagenet",
+        "in_channels": first.shape[1],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ comparing, loading
+
+
+def compare(module: nn.Module, state: dict[str, Tensor]) -> list[Difference]:
+    """Every tensor that module and state do not share. `num_batches_tracked`, which old files lack and nothing reads, may be missing."""
+    own, rows = module.state_dict(), []
+    for key, value in own.items():
+        if key in state and state[key].shape != value.shape:
+            rows.append(Difference("wrong shape", key, str(tuple(value.shape)), str(tuple(state[key].shape))))
+        elif key not in state and not key.endswith("num_batches_tracked"):
+            rows.append(Difference("missing", key, str(tuple(value.shape)), "-"))
+    return rows + [Difference("unexpected", key, "-", str(tuple(value.shape))) for key, value in state.items() if key not in own]
+
+
+def table(rows: list[Difference]) -> str:
+    """The differences as aligned lines under a header."""
+    rows = [Difference("problem", "key", "model", "file"), *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def load_matching(module: nn.Module, state: dict[str, Tensor], source: str, allowed: Callable[[Difference], bool]) -> str:
+    """Load the tensors that fit; every difference must be allowed. Returns the report: one line, then a table of the differences.
+
+    Raises:
+        ValueError: one line with the first difference that is not allowed, then the table of all.
+    """
+    rows = compare(module, state)
+    refused = [row for row in rows if not allowed(row)]
+    if refused:
+        first = refused[0]
+        raise ValueError(
+            f"{source} does not fit the model: {len(refused)} tensors differ, the first is {first.key} ({first.problem}; "
+            f"model {first.model}, file {first.file}); choose the model that it was saved from\n{table(rows)}"
+        )
+    unmatched = {row.key for row in rows}
+    matching = {key: value for key, value in state.items() if key not in unmatched}
+    module.load_state_dict(matching, strict=False)
+    return f"{len(matching)} of {len(state)} tensors loaded from {source}" + (f", except\n{table(rows)}" if rows else "")
+
+
+def model_from_checkpoint(
+    path: str | Path,
+    *,
+    num_classes: int | None = None,
+    normalization: str | None = None,
+    verify: Callable[[Path], None] | None = None,
+) -> tuple[Segmentor, str]:
+    """The model in a file, built from the file's own config or, without one, from its tensors; and a report for the log.
+
+    Args:
+        num_classes: what the data set has; another number in the file is refused.
+        normalization: overrides the file's.
+        verify: see `read_state`.
+
+    Raises:
+        ValueError: see `read_state` and `infer_config`; wrong number of classes; tensors that do not fit (line, then table).
+    """
+    state, info = read_state(path, verify)
+    try:
+        config = dict(info["config"]["model"]) if info["config"] else infer_config(state)
+        if normalization:
+            config["normalization"] = normalization
+        model = build_model(**config)
+    except TypeError as error:
+        raise ValueError(f"{path}: its config describes no model of this version ({error}); use the version that wrote it") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if num_classes not in (None, model.num_classes):
+        raise ValueError(f"{path} has {model.num_classes} classes, the data set has {num_classes}; give a checkpoint trained on it")
+    report = load_matching(model, translate_keys(state), str(path), allowed=lambda row: False)
+    built = model.config
+    return model, (
+        f"{built['model']} {built['backbone']}, {model.num_classes} classes, head width {built['head_width']}, "
+        f"normalization {built['normalization']}{'' if info['config'] else ' (architecture inferred from the tensors)'}; {report}"
+    )
+
+
+def load_into(
+    model: Segmentor,
+    path: str | Path,
+    *,
+    allow_classifier_mismatch: bool = False,
+    verify: Callable[[Path], None] | None = None,
+) -> str:
+    """Start an existing model from a whole checkpoint; returns a report for the log with every key that was not matched.
+
+    The auxiliary head may be on one side only. Backbone and head must fit.
+
+    Args:
+        allow_classifier_mismatch: keep the model's own classifiers where the file's have another number of classes.
+        verify: see `read_state`.
+
+    Raises:
+        ValueError: see `read_state`; tensors that do not fit (one line, then the table).
+    """
+    state, info = read_state(path, verify)
+    expected = "caffe-bgr" if is_foreign(state) else None
+    if info["config"]:
+        expected = info["config"]["model"].get("normalization")
+
+    def allowed(row: Difference) -> bool:
+        if row.problem == "wrong shape":
+            return allow_classifier_mismatch and ".classifier." in row.key
+        return row.key.startswith("aux_head.")
+
+    return load_matching(model, translate_keys(state), str(path), allowed) + normalization_note(model, expected)
+
+
+def load_backbone(model: Segmentor, source: str | Path) -> str:
+    """Start the backbone of `model` from "imagenet", a file, or not at all ("none"); returns a report for the log.
+
+    Files: torchvision's ResNet and MobileNetV2 state dicts, and the CIRKD line's (deep stem). Their ImageNet classifier is not used.
+
+    Raises:
+        ValueError: see `load_imagenet` and `read_state`; tensors that do not fit (one line, then the table).
+    """
+    if str(source) == "none":
+        return "random weights"
+    if str(source) == "imagenet":
+        return load_imagenet(model.backbone, model.config["backbone"]) + normalization_note(model, "imagenet")
+    state, _ = read_state(source)
+    # what its authors feed to the deep stem; of other files it is not known
+    expected = "caffe-bgr" if "conv3.weight" in state else None
+    return load_trunk(model.backbone, state, str(source)) + normalization_note(model, expected)
+
+
+def load_imagenet(backbone: nn.Module, name: str) -> str:
+    """torchvision's ImageNet weights (IMAGENET1K_V1, those of the published results) into the backbone called `name`.
+
+    Returns a report for the log.
+
+    Raises:
+        ValueError: torchvision has none for this backbone; or they cannot be downloaded (one line with the address and the place
+            for the file).
+    """
+    if name not in TORCHVISION_NAMES:
+        sibling = f"use {name}_vanilla, which has its stem, or " if f"{name}_vanilla" in TORCHVISION_NAMES else ""
+        raise ValueError(f"torchvision has no ImageNet weights for {name}; {sibling}give a file, such as {name}-imagenet.pth, or 'none'")
+    url = torchvision.models.get_model_weights(TORCHVISION_NAMES[name]).IMAGENET1K_V1.url
+    try:
+        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
+    except Exception as error:  # no network, no space, wrong hash, a damaged file in the cache
+        place = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+        raise ValueError(
+            f"no ImageNet weights for {name} from {url} ({' '.join(str(error).split())}); put that file at {place}, "
+            f"or give its path instead of 'imagenet', or 'none'"
+        ) from error
+    return load_trunk(backbone, state, Path(url).name)
+
+
+def load_trunk(backbone: nn.Module, state: dict[str, Tensor], source: str) -> str:
+    """A classification network's weights into a backbone; only its classifier may be left over."""
+    leftover = ("fc.", "classifier.", "features.18.", "conv.")  # the last two: MobileNetV2's 1280 channels before its classifier
+    return load_matching(backbone, translate_keys(state), source, lambda row: row.problem == "unexpected" and row.key.startswith(leftover))
+
+
+def normalization_note(model: Segmentor, expected: str | None) -> str:
+    """A line for the report when the weights were trained on inputs that are normalised in another way."""
+    own = model.config["normalization"]
+    return "" if expected in (None, own) else f"\nnote: these weights expect normalization {expected}, the model has {own}"

@@ -1,0 +1,221 @@
+"""The contract, for every method because it exists: a new file in losses/ is tested here without an edit."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from losses import METHODS, Method, Setup, build_methods, resolve
+from losses.task import TaskLoss, cross_entropy
+from models import FIELDS, build_model
+from tests import reference
+from tests.paths import REPOSITORY
+from utils.distill import Distiller, Teacher
+
+CLASSES = 5
+CHANNELS = {"logits": CLASSES, "aux": CLASSES, "head": 16, "c4": 16, "c3": 12, "c2": 8, "c1": 8}
+WIDE = {"logits": CLASSES, "aux": CLASSES, "head": 32, "c4": 32, "c3": 24, "c2": 16, "c1": 16}
+CASES = {  # batch, student's and teacher's channels, map size
+    "plain": (2, CHANNELS, WIDE, (16, 16)),
+    "odd size": (2, CHANNELS, WIDE, (13, 17)),
+    "one image": (1, CHANNELS, WIDE, (16, 16)),
+    "equal widths": (2, WIDE, WIDE, (16, 16)),
+}
+
+
+def make(name, student, teacher, batch, size, **given) -> Method:
+    return reference.build(name, student=student, teacher=teacher, num_classes=CLASSES, crop=(8 * size[0], 8 * size[1]), global_batch=batch, **given)
+
+
+def tensors(channels, batch, size, needs, seed, requires_grad=False):
+    """Random outputs of a model; stages 1 and 2 are larger, as in a network of stride 8."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = {"c1": 2}
+    fields = {}
+    for need in needs:
+        factor = scale.get(need, 1)
+        x = torch.randn(batch, channels[need], size[0] * factor, size[1] * factor, generator=generator)
+        fields[need] = (x if need in ("logits", "aux") else x.relu()).requires_grad_(requires_grad)
+    return fields
+
+
+def labels(batch, size, ignored=0.1):
+    generator = torch.Generator().manual_seed(7)
+    target = torch.randint(0, CLASSES, (batch, size[0], size[1]), generator=generator, dtype=torch.uint8)
+    target[torch.rand(target.shape, generator=generator) < ignored] = 255
+    return target.repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+
+def run(method, student, teacher, target):
+    terms = method(reference.outputs(student), reference.outputs(teacher), reference.batch_of(target))
+    return terms, sum(method.weights[name] * value for name, value in terms.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", METHODS)
+def test_terms_and_gradients(name, case):
+    """Named terms are the active weights, finite scalars; something of the student gets a gradient, and every parameter of the
+    method (DDP raises on parameters without one). Only declared outputs are given, so reading another one fails."""
+    batch, student_channels, teacher_channels, size = CASES[case]
+    method = make(name, student_channels, teacher_channels, batch, size)
+    assert set(method.needs) <= set(FIELDS)
+    student = tensors(student_channels, batch, size, method.needs, 1, requires_grad=True)
+    teacher = tensors(teacher_channels, batch, size, method.needs, 2)
+    terms, total = run(method, student, teacher, labels(batch, size))
+    assert terms.keys() == method.weights.keys()
+    for term, value in terms.items():
+        assert value.shape == () and value.isfinite(), term
+    total.backward()
+    gradients = [t.grad for t in student.values() if t.grad is not None]
+    assert gradients and all(g.isfinite().all() for g in gradients)
+    assert any(g.abs().max() > 0 for g in gradients)
+    for parameter_name, parameter in method.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_pixel_ignored(name):
+    method = make(name, CHANNELS, WIDE, 2, (16, 16))
+    student = tensors(CHANNELS, 2, (16, 16), method.needs, 1, requires_grad=True)
+    terms, total = run(method, student, tensors(WIDE, 2, (16, 16), method.needs, 2), labels(2, (16, 16), ignored=2))
+    assert all(value.isfinite() for value in terms.values())
+    total.backward()
+    assert all(t.grad.isfinite().all() for t in student.values() if t.grad is not None)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
+
+
+@pytest.mark.parametrize("name,term", [(name, term) for name, method in METHODS.items() for term in method.terms() if len(method.terms()) > 1])
+def test_single_terms(name, term):
+    """With every other weight 0 the term is returned alone, and nothing that it does not need is built."""
+    zero = {METHODS[name]._weight_field(other): 0.0 for other in METHODS[name].terms() if other != term}
+    one = {METHODS[name]._weight_field(term): 1.0}
+    method = make(name, CHANNELS, WIDE, 2, (16, 16), **zero, **one)
+    student = tensors(CHANNELS, 2, (16, 16), method.needs, 1, requires_grad=True)
+    terms, total = run(method, student, tensors(WIDE, 2, (16, 16), method.needs, 2), labels(2, (16, 16)))
+    assert set(terms) == {term}
+    total.backward()
+    assert all(p.grad is not None for p in method.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_autocast(name):
+    """Under bfloat16 autocast, with bfloat16 inputs, the terms stay near those in float32 and come in float32."""
+    values = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        method = make(name, CHANNELS, WIDE, 2, (16, 16))
+        student = {k: v.to(dtype) for k, v in tensors(CHANNELS, 2, (16, 16), method.needs, 1).items()}
+        teacher = {k: v.to(dtype) for k, v in tensors(WIDE, 2, (16, 16), method.needs, 2).items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            values.append(run(method, student, teacher, labels(2, (16, 16)))[0])
+    for term, value in values[0].items():
+        assert values[1][term].dtype == torch.float32, term
+        assert values[1][term].item() == pytest.approx(value.item(), rel=0.1, abs=1e-3), term
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_teacher_gets_no_gradient(name):
+    torch.manual_seed(0)
+    student, teacher = build_model("deeplabv3", "mobilenetv2", CLASSES, aux=True), build_model("pspnet", "resnet18", CLASSES)
+    setup = Setup(student.channels, teacher.channels, CLASSES, (128, 128), 2)
+    method = build_methods({name: resolve(METHODS[name], "shapes", {})[0]}, setup)
+    distiller = Distiller(student, TaskLoss(0.4), method)
+    batch = reference.batch_of(labels(2, (16, 16)))
+    batch.image = torch.randint(0, 256, batch.image.shape, dtype=torch.uint8)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    total, terms = distiller(batch, Teacher(teacher, distiller.teacher_needs)(batch))
+    total.backward()
+    assert list(terms) == distiller.term_names
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items()), "running statistics of the teacher moved"
+    unused = [n for n, p in distiller.named_parameters() if p.grad is None]
+    assert not unused, f"DDP would raise on {unused}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_documented(name):
+    method = METHODS[name]
+    assert method.title and method.paper and method.url.startswith("https://") and method.__doc__
+    for field in dataclasses.fields(method.Options):
+        assert field.metadata["help"], field.name
+    assert method.terms()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_weights_zero_is_refused(name):
+    zero = {METHODS[name]._weight_field(term): 0.0 for term in METHODS[name].terms()}
+    with pytest.raises(ValueError, match="every weight"):
+        make(name, CHANNELS, WIDE, 2, (16, 16), **zero)
+
+
+def test_plain_kd_counts_once():
+    setup = Setup(CHANNELS, WIDE, CLASSES, (128, 128), 2)
+    both = {name: resolve(METHODS[name], "shapes", {})[0] for name in ("kd", "afdcd")}
+    with pytest.raises(ValueError, match="kd and afdcd both contain plain KD.*--kd-weight 0 or --afdcd-kd-weight 0"):
+        build_methods(both, setup)
+    both["afdcd"] = resolve(METHODS["afdcd"], "shapes", {"kd_weight": 0.0})[0]
+    assert list(build_methods(both, setup)) == ["kd", "afdcd"]
+
+
+def test_initial_weights_do_not_depend_on_other_methods():
+    setup = Setup(CHANNELS, WIDE, CLASSES, (128, 128), 2)
+    alone = build_methods({"afdcd": resolve(METHODS["afdcd"], "shapes", {"kd_weight": 0.0})[0]}, setup)["afdcd"]
+    together = build_methods({"kd": resolve(METHODS["kd"], "shapes", {})[0], "afdcd": alone.options}, setup)["afdcd"]
+    for a, b in zip(alone.parameters(), together.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_wrong_term_is_named():
+    class Wrong(nn.Module):
+        weights, needs, grad_clip = {"one": 1.0}, ("logits",), None
+
+        def forward(self, student, teacher, batch):
+            return {"two": student.logits.sum()}
+
+        def factors(self, progress):
+            return {}
+
+    student = build_model("deeplabv3", "mobilenetv2", CLASSES)
+    distiller = Distiller(student, TaskLoss(0.0), {"wrong": Wrong()})
+    with pytest.raises(ValueError, match=r"losses/wrong.py returned the terms \['two'\], its active weights are \['one'\]"):
+        distiller(reference.batch_of(labels(2, (8, 8))), None)
+
+
+def test_task_loss_without_a_labelled_pixel_is_a_connected_zero():
+    logits = torch.randn(1, CLASSES, 4, 4, requires_grad=True)
+    loss = cross_entropy(logits, torch.full((1, 32, 32), 255, dtype=torch.uint8), torch.tensor(1.0))
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.abs().max() == 0
+
+
+def test_copying_a_file_makes_a_method(tmp_path):
+    """losses/kd.py under another name is a method: flags, help, training, checkpoint and resume, with no other edit."""
+    for name in ("models", "losses", "dataset", "utils", "train_baseline.py", "train_kd.py"):
+        source = REPOSITORY / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    text = (tmp_path / "losses" / "kd.py").read_text()
+    (tmp_path / "losses" / "my_loss.py").write_text(text.replace("class KD(", "class MyLoss(").replace("temperature", "warmth"))
+
+    def call(script, *arguments):
+        command = [sys.executable, str(tmp_path / script), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    common = ["--dataset", "shapes", "--crop-size", "64", "--batch-size", "2", "--max-iterations", "4", "--val-interval", "1000", "--workers", "0"]
+    model = ["--model", "pspnet", "--backbone", "mobilenetv2"]
+    teacher = call("train_baseline.py", *common, *model, "--max-iterations", "1", "--save-dir", "teacher")
+    assert teacher.returncode == 0, teacher.stdout + teacher.stderr
+    flags = ["--method", "my_loss", "--my-loss-warmth", "2", "--teacher-checkpoint", "teacher/student_best.pth", "--save-dir", "run"]
+    student = ["--student-model", "pspnet", "--student-backbone", "mobilenetv2"]
+    result = call("train_kd.py", *flags, *student, *common, "--log-interval", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 my_loss/my_loss" in result.stdout and "my_loss.warmth" in result.stdout
+    assert "my_loss/my_loss" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+    assert "--my-loss-warmth" in call("train_kd.py", "--help").stdout
+    again = call("train_kd.py", *flags, *student, *common, "--resume")
+    assert again.returncode == 0 and "done already" in again.stdout
+    refused = call("train_kd.py", "--method", "kd", "--my-loss-warmth", "2")
+    assert refused.returncode == 2 and "--my-loss-warmth belongs to my_loss" in refused.stderr

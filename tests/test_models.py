@@ -1,0 +1,301 @@
+"""Models: shapes, strides, costs, the output contract, normalisation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models import BACKBONES, FIELDS, MODELS, SegOutput, build_model, count_macs, count_parameters, list_models
+from models.__main__ import main
+from models.backbones import build_backbone, on_meta
+
+
+def meta_model(*args, **kwargs):
+    with torch.device("meta"):
+        return build_model(*args, **kwargs)
+
+
+def image(*shape, dtype=torch.uint8):
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------------- backbones
+
+
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_strides_and_channels(name, output_stride):
+    with torch.device("meta"):
+        backbone = build_backbone(name, output_stride)
+    stages = on_meta(backbone, torch.empty(1, 3, 128, 192, device="meta"))
+    for stage, channels, stride in zip(stages, backbone.channels, (4, 8, 16, 32), strict=True):
+        stride = min(stride, output_stride)
+        assert stage.shape == (1, channels, 128 // stride, 192 // stride)
+
+
+def test_backbone_that_ignores_its_stride_is_caught(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "stubborn", lambda output_stride, in_channels: BACKBONES["resnet18"](32, in_channels))
+    with pytest.raises(AssertionError, match="stubborn at stride 8"):
+        build_backbone("stubborn", 8)
+
+
+def test_dilations():
+    """The convolution that lost its stride has half of its stage's dilation; no multi-grid."""
+    with torch.device("meta"):
+        basic, bottleneck, mobile = (build_backbone(name) for name in ("resnet18", "resnet50", "mobilenetv2"))
+
+    def rates(*layers):
+        convs = (module for layer in layers for module in layer.modules() if isinstance(module, nn.Conv2d))
+        return [conv.dilation[0] for conv in convs if conv.kernel_size == (3, 3)]
+
+    assert rates(basic.layer2, basic.layer3, basic.layer4) == [1, 1, 1, 1] + [1, 2, 2, 2] + [2, 4, 4, 4]
+    assert rates(bottleneck.layer3, bottleneck.layer4) == [1, 2, 2, 2, 2, 2] + [2, 4, 4]
+    assert rates(mobile.features[1:]) == [1] * 7 + [2] * 7 + [4] * 3
+
+
+def test_impossible_stride():
+    with pytest.raises(ValueError, match="output stride 12 is not possible; choose one of 8, 16, 32"):
+        build_model("pspnet", "resnet18", 19, output_stride=12)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ costs
+
+
+PUBLISHED = [  # model, backbone, head width (None: the default), parameters M, GMAC of 3x512x512; 19 classes, auxiliary head included
+    ("deeplabv3", "resnet101", None, "61.12", "257.9"),
+    ("deeplabv3", "resnet18", None, "13.61", "64.7"),
+    ("deeplabv3", "resnet101", 512, "79.08", "329.3"),
+    ("deeplabv3", "resnet18", 512, "22.76", "101.4"),
+    ("pspnet", "resnet18", None, "12.92", "61.1"),
+    ("pspnet", "resnet101", None, "68.07", "271.4"),
+    ("pspnet", "resnet101", 256, "58.63", "232.7"),
+    ("deeplabv3", "mobilenetv2", None, "3.23", "13.3"),
+    ("pspnet", "mobilenetv2", None, "2.65", "10.7"),
+]
+
+
+@pytest.mark.parametrize(("name", "backbone", "width", "parameters", "gmac"), PUBLISHED)
+def test_costs_are_the_published_ones(name, backbone, width, parameters, gmac):
+    model = meta_model(name, backbone, 19, head_width=width)
+    assert f"{count_parameters(model) / 1e6:.2f}" == parameters
+    assert f"{count_macs(model, 512, 512, needs=model.channels) / 1e9:.1f}" == gmac
+
+
+def test_macs_of_a_full_image_without_the_auxiliary_head():
+    model = meta_model("deeplabv3", "resnet18", 19)
+    assert f"{count_macs(model, 1024, 2048, needs=model.channels) / 1e9:.1f}" == "517.5"
+    aux = 128 * 256 * (256 * 64 * 9 + 64 * 19)  # 3x3 to a quarter of 256 channels, then 1x1
+    assert count_macs(model, 1024, 2048) == count_macs(model, 1024, 2048, needs=model.channels) - aux
+
+
+def test_counting_leaves_the_model_alone():
+    model = build_model("pspnet", "mobilenetv2", 5)
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    count_macs(model, 65, 97)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(random_state, torch.get_rng_state()) and model.training
+
+
+def test_listing(capsys, monkeypatch):
+    few = [("deeplabv3", "resnet18"), ("pspnet", "mobilenetv2")]
+    monkeypatch.setattr("models.__main__.list_models", lambda: few)
+    main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [tuple(row[:2]) for row in rows[3:]] == few
+    assert ["deeplabv3", "resnet18", "8", "13.61", "64.7", "64.1", "yes", "19", "128", "512", "256", "128", "64"] in rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------- output
+
+
+def test_output_has_names_and_no_positions():
+    output = SegOutput(logits=torch.zeros(1, 5, 2, 3), head=torch.zeros(1, 8, 2, 3))
+    with pytest.raises(TypeError):
+        output[-1]
+    with pytest.raises(TypeError):
+        list(output)
+    with pytest.raises(TypeError):
+        _, _ = output
+    with pytest.raises(AttributeError, match="immutable"):
+        output.logits = torch.zeros(1)
+    with pytest.raises(AttributeError, match="immutable"):
+        del output.head
+    with pytest.raises(TypeError, match="no field 'logit'; possible: logits"):
+        SegOutput(logit=torch.zeros(1))
+    assert copy.deepcopy(output).computed == ("logits", "head") and "logits=(1, 5, 2, 3)" in repr(output)
+
+
+def test_reading_what_was_not_computed():
+    output = SegOutput(head=torch.zeros(1), logits=torch.zeros(1))
+    with pytest.raises(AttributeError) as error:
+        _ = output.c4
+    assert str(error.value) == "'c4' was not computed (computed: logits, head); a method lists what it reads in `needs`"
+    assert not hasattr(output, "aux")
+
+
+@pytest.mark.parametrize(("name", "backbone"), [("deeplabv3", "resnet18"), ("pspnet", "resnet18_vanilla"), ("pspnet", "mobilenetv2")])
+@pytest.mark.parametrize("aux", [True, False])
+def test_every_field_has_the_declared_shape(name, backbone, aux):
+    model = build_model(name, backbone, 5, aux=aux).eval()
+    needs = [field for field in FIELDS if aux or field != "aux"]
+    assert sorted(needs) == sorted(model.channels)
+    with torch.no_grad():
+        output = model(image(2, 3, 65, 97), needs)
+    assert output.computed == tuple(needs)
+    for field in needs:
+        size = (17, 25) if field == "c1" else (9, 13)  # ceil(65 / 4), ceil(97 / 4); / 8
+        assert getattr(output, field).shape == (2, model.channels[field], *size)
+
+
+def test_only_what_is_needed_is_computed():
+    model = build_model("deeplabv3", "resnet18", 5).eval()
+    ran = []
+    model.head.register_forward_hook(lambda *_: ran.append("head"))
+    model.aux_head.register_forward_hook(lambda *_: ran.append("aux"))
+    pixels = image(1, 3, 32, 32)
+    for needs, expected in [(("c4",), []), (("logits",), ["head"]), (("head", "c1"), ["head"]), (("aux",), ["aux"])]:
+        ran.clear()
+        assert set(model(pixels, needs).computed) == set(needs) and ran == expected
+
+
+def test_refused_needs():
+    model = build_model("pspnet", "mobilenetv2", 5)
+    with pytest.raises(ValueError, match="no auxiliary head; build it with aux=True"):
+        model(image(1, 3, 32, 32), ("aux",))
+    with pytest.raises(ValueError, match="no output is called 'c5'; possible: logits, head"):
+        model(image(1, 3, 32, 32), ("logits", "c5"))
+
+
+def test_compiled_model_returns_the_same():
+    model = build_model("deeplabv3", "mobilenetv2", 5).eval()
+    pixels = image(2, 3, 32, 32)
+    output = torch.compile(model, backend="eager")(pixels, ("logits", "c4"))
+    assert output.computed == ("logits", "c4")
+    assert torch.equal(output.logits, model(pixels).logits)
+    with pytest.raises(TypeError):
+        output[-1]
+
+
+# --------------------------------------------------------------------------------------------------------- heads, batches of one
+
+
+def test_head_before_and_after_dropout():
+    models = [build_model("pspnet", "resnet18", 5, head_after_dropout=after) for after in (False, True)]
+    models[1].load_state_dict(models[0].state_dict())
+    pixels = image(2, 3, 64, 64)
+    outputs = []
+    for model in models:
+        torch.manual_seed(0)
+        outputs.append(model.train()(pixels, ("head", "logits")))
+    before, after = outputs
+    assert torch.equal(before.logits, after.logits)  # the classifier always reads behind the dropout
+    kept = after.head != 0
+    torch.testing.assert_close(after.head[kept], before.head[kept] / 0.9)
+    assert 0.05 < (after.head[before.head != 0] == 0).float().mean() < 0.15
+    models[1].load_state_dict(models[0].state_dict())  # each has trained its running statistics
+    before, after = (model.eval()(pixels, ("head",)).head for model in models)
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_of_one_trains(name):
+    """Maps pooled to 1x1 have one value per channel then, on which torch's BatchNorm raises."""
+    model = build_model(name, "resnet18", 5).train()
+    output = model(image(1, 3, 33, 49), ("logits", "aux"))
+    (output.logits.square().mean() + output.aux.square().mean()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    pooled = model.head.pool if name == "deeplabv3" else model.head.pyramid[0]
+    assert torch.equal(pooled[1].running_mean, torch.zeros_like(pooled[1].running_mean))
+    model(image(2, 3, 33, 49))
+    assert not torch.equal(pooled[1].running_mean, torch.zeros_like(pooled[1].running_mean))
+
+
+# ---------------------------------------------------------------------------------------------------------------- normalisation
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalisation_by_hand(dtype):
+    pixel = torch.tensor([255, 0, 100], dtype=dtype).view(1, 3, 1, 1)  # R, G, B
+    expected = {
+        "imagenet": [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (100 / 255 - 0.406) / 0.225],
+        "caffe-bgr": [100 - 104.00698793, 0 - 116.66876762, 255 - 122.67891434],
+        "none": [255, 0, 100],
+    }
+    for name, values in expected.items():
+        model = build_model("pspnet", "mobilenetv2", 5, normalization=name)
+        torch.testing.assert_close(model.normalize(pixel).flatten().tolist(), [float(v) for v in values], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype):
+    model = build_model("deeplabv3", "mobilenetv2", 5).to(dtype).eval()
+    for pixels in (image(1, 3, 33, 33), image(1, 3, 33, 33, dtype=torch.float32)):
+        assert model(pixels).logits.dtype == dtype
+    model = model.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.normalize(image(1, 3, 33, 33)).dtype == torch.float32  # 0..255 minus a mean loses digits in bfloat16
+        assert model(image(1, 3, 33, 33)).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("normalization", "in_channels"), [("imagenet", 3), ("caffe-bgr", 3), ("caffe-bgr", 4)])
+def test_memory_format_is_kept(normalization, in_channels):
+    model = build_model("pspnet", "mobilenetv2", 5, normalization=normalization, in_channels=in_channels)
+    pixels = image(2, in_channels, 16, 16)
+    assert model.normalize(pixels).is_contiguous()
+    assert model.normalize(pixels.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_fourth_channel():
+    model = build_model("pspnet", "resnet18", 5, normalization="caffe-bgr", in_channels=4).eval()
+    pixels = image(1, 4, 33, 33)
+    normalized = model.normalize(pixels)
+    assert torch.equal(normalized[:, 3], pixels[:, 3].float())
+    without = model.normalize(pixels[:, :3])
+    assert torch.equal(without[:, :3], normalized[:, :3]) and not without[:, 3].any()
+    assert model(pixels[:, :3]).logits.shape == (1, 5, 5, 5)
+    with pytest.raises(ValueError, match=r"image has shape \(1, 5, 8, 8\); this model takes \(B, 3 or 4, H, W\)"):
+        model(image(1, 5, 8, 8))
+    with pytest.raises(ValueError, match=r"this model takes \(B, 3, H, W\)"):
+        build_model("pspnet", "resnet18", 5)(image(1, 4, 8, 8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- by name
+
+
+@pytest.mark.parametrize(("name", "backbone"), list_models())
+def test_config_rebuilds_the_same_model(name, backbone):
+    model = meta_model(name, backbone, 7)
+    again = meta_model(**model.config)
+    assert again.config == model.config and again.channels == model.channels
+    shapes = [{key: value.shape for key, value in m.state_dict().items()} for m in (model, again)]
+    assert shapes[0] == shapes[1]
+
+
+def test_config_keeps_every_choice():
+    choices = {
+        "head_width": 96,
+        "aux": True,
+        "normalization": "caffe-bgr",
+        "in_channels": 4,
+        "head_after_dropout": True,
+        "output_stride": 16,
+    }
+    model = meta_model("psp_mobile", "mobilenetv2", 7, **choices)
+    assert model.config == {"model": "pspnet", "backbone": "mobilenetv2", "num_classes": 7, **choices}
+    assert (model.stride, model.num_classes, model.channels["head"]) == (16, 7, 96)
+    assert model.head.head_after_dropout and model.backbone.features[0][0].in_channels == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("deeplab3", "resnet18", 5), "there is no model 'deeplab3' (did you mean deeplabv3?); possible: deeplabv3, pspnet"),
+        (("pspnet", "resnet81", 5), "there is no backbone 'resnet81' (did you mean resnet18?); possible: resnet18, "),
+        (("pspnet", "zzz", 5), "there is no backbone 'zzz'; possible: resnet18, "),
+    ],
+)
+def test_unknown_names(arguments, message):
+    with pytest.raises(ValueError) as error:
+        build_model(*arguments)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)

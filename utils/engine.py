@@ -1,0 +1,250 @@
+"""The training loop: `fit`, and the state it carries from step to step."""
+
+from dataclasses import dataclass, field
+from zlib import crc32
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from losses.base import IGNORE
+from utils import distributed
+from utils.distill import Distiller, Teacher
+from utils.log import duration, logger, progress_bar
+from utils.metrics import Scores, Stopped
+from utils.optim import Budget, poly_lr
+from utils.run import Run, StopSignal
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient became infinite or NaN."""
+
+
+@dataclass
+class Training:
+    """Everything that changes during a training, and how to save and restore it."""
+
+    distiller: Distiller
+    optimizers: dict[str, torch.optim.Optimizer]
+    options: object
+    device: torch.device
+    step: int = 0  # finished steps
+    validated: int = 0  # the last step that was validated
+    best: float = -1.0  # the highest mIoU so far
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
+
+    def __post_init__(self):
+        options = self.options
+        self.budget = Budget(options.max_iterations, options.max_minutes)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        self.average = None
+        if options.ema:
+            self.average = AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
+
+    @property
+    def student(self):
+        """The network to evaluate and to deploy: the moving average where there is one."""
+        return self.average.module if self.average else self.distiller.student
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1; rank 0's clock decides when the budget is in minutes."""
+        return self.budget.progress(self.step, distributed.from_main)
+
+    def snapshot(self) -> dict:
+        """The content of a checkpoint: tensors and plain values. Random numbers and the data position are functions of the seed
+        and the step, so the step is all that has to be kept of them."""
+        return {
+            "step": self.step, "validated": self.validated, "best": self.best, "metrics": self.metrics,
+            "seconds": self.budget.elapsed(), "scaler": self.scaler.state_dict(),
+            "student": self.distiller.student.state_dict(), "methods": self.distiller.methods.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }  # fmt: skip
+
+    def restore(self, state: dict) -> None:
+        self.step, self.validated, self.best, self.metrics = (state[key] for key in ("step", "validated", "best", "metrics"))
+        self.budget.seconds = state["seconds"]
+        self.scaler.load_state_dict(state["scaler"])
+        self.distiller.student.load_state_dict(state["student"])
+        self.distiller.methods.load_state_dict(state["methods"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+
+
+def fit(training: Training, teacher: Teacher | None, loader, run: Run, validate) -> bool:
+    """Train until the budget is spent: True, or until a signal asks to stop: False, with everything saved.
+
+    Args:
+        loader: endless micro-batches of this rank, from `training.step` on.
+        validate: (student, stop) -> Scores on the selection split; raises `Stopped` when `stop()` says so.
+
+    Raises:
+        NonFiniteError: naming step, ranks, terms and files; last.pth holds the last checked, finite weights.
+    """
+    options, device, distiller = training.options, training.device, training.distiller
+    model = distributed.wrap(distiller, device)
+    record = Record([*distiller.term_names], check_gradients=not training.scaler.is_enabled())
+    batches = iter(loader)
+    complete = False
+    with StopSignal() as stop, progress_bar(options.max_iterations, training.step) as bar:
+        while not complete and not distributed.any_rank(stop.received):
+            complete = training.progress >= 1
+            if (complete or training.step % options.val_interval == 0) and training.validated != training.step:
+                training.budget.pause()
+                record.check()
+                try:
+                    finish_validation(training, run, validate(training.student, lambda: stop.received))
+                except Stopped:
+                    complete = False
+                    break
+            if complete:
+                break
+            if training.step % options.save_interval == 0:
+                training.budget.pause()
+                record.check()
+                run.save_last(training.snapshot())
+            training.budget.start()
+            micro = [next(batches).to(device) for _ in range(options.accumulate)]
+            train_step(training, model, teacher, micro, record)
+            bar.update()
+            if training.step % options.log_interval == 0:
+                log_step(training, run, record)
+            elif device.type == "cpu":
+                record.check()  # nothing to wait for: the values are there
+        training.budget.pause()
+        record.check()
+        run.save_last(training.snapshot())
+    if not complete:
+        run.interrupted(training.step)
+    return complete
+
+
+def train_step(training: Training, model, teacher: Teacher | None, micro: list, record: "Record") -> None:
+    """One optimizer step on this rank's micro-batches; `model` is the Distiller, under DDP when there are several ranks."""
+    options, step, progress = training.options, training.step, training.progress
+    # dropout and drop-path become a function of seed, step and rank: a resume needs no generator states
+    torch.manual_seed(crc32(f"{options.seed}/{step}/{distributed.rank()}".encode()))
+    prepare(micro, step, progress, options)
+    rows = []
+    for number, batch in enumerate(micro, 1):
+        with distributed.accumulating(model, more=number < len(micro)):
+            with torch.autocast(training.device.type, dtype=AMP[options.amp], enabled=options.amp != "off"):
+                total, terms = model(batch, teacher(batch) if teacher else None)
+            training.scaler.scale(total / len(micro)).backward()
+        rows.append(torch.stack([total.detach().float(), *(terms[name].float() for name in record.terms)]))
+    for optimizer in training.optimizers.values():
+        training.scaler.unscale_(optimizer)
+    for method in training.distiller.methods.values():
+        if method.grad_clip:
+            torch.nn.utils.clip_grad_norm_(method.parameters(), method.grad_clip)
+    gradients = [p.grad for p in training.distiller.parameters() if p.grad is not None]
+    record.add(step, torch.stack(rows).mean(0), torch.nn.utils.get_total_norm(gradients), [name for batch in micro for name in batch.names])
+    for group in training.optimizers["student"].param_groups:
+        group["lr"] = poly_lr(options.lr, progress, options.lr_power, options.lr_floor)
+    for optimizer in training.optimizers.values():
+        training.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    training.scaler.update()
+    distributed.average_buffers(training.distiller)
+    if training.average:
+        training.average.update_parameters(training.distiller.student)
+    training.step += 1
+
+
+def prepare(micro: list, step: int, progress: float, options) -> None:
+    """Tell every micro-batch where in the training and in the global batch it stands, and what its cross-entropy is divided by.
+
+    With `--loss-norm global`, `valid` is the number of labelled pixels of the whole step divided by the number of micro-batches
+    of all ranks: what DDP and accumulation average is then the mean over all labelled pixels.
+    """
+    counts = [(batch.target != IGNORE).sum().double() for batch in micro]
+    if options.loss_norm == "global":
+        mean = distributed.total(sum(counts)) / (distributed.world() * len(micro))
+        counts = [mean] * len(micro)
+    offset = distributed.rank() * sum(map(len, micro))
+    for batch, count in zip(micro, counts, strict=True):
+        batch.step, batch.progress, batch.offset, batch.global_size = step, progress, offset, options.batch_size
+        batch.valid = count.clamp(min=1)
+        offset += len(batch)
+
+
+class Record:
+    """The terms of the steps since the last log line, on the device; reads them only when asked, with one transfer.
+
+    `terms`: names of the columns. `check_gradients` False lets gradients overflow (float16's scaler skips such steps).
+    """
+
+    def __init__(self, terms: list[str], check_gradients: bool):
+        self.terms = terms
+        self.check_gradients = check_gradients
+        self.rows: list[Tensor] = []
+        self.unchecked: list[tuple[int, list[str]]] = []  # step and files of the rows that `check` has not seen
+
+    def add(self, step: int, terms: Tensor, gradient_norm: Tensor, files: list[str]) -> None:
+        """`terms`: (1 + number of terms,), the total first."""
+        self.rows.append(torch.cat([terms, gradient_norm.float().view(1)]))
+        self.unchecked.append((step, files))
+
+    def check(self) -> None:
+        """Raise on every rank when a value since the last check is not finite on any."""
+        if not self.unchecked:
+            return
+        names = ["total", *self.terms, "gradient norm"]
+        rows = torch.stack(self.rows[-len(self.unchecked) :]).cpu()
+        bad = ~rows.isfinite()
+        bad[:, -1] &= self.check_gradients
+        steps = torch.tensor([step for step, _ in self.unchecked])
+        never = 1 << 62
+        first = int(distributed.minimum(torch.where(bad.any(1), steps, never).min()))
+        if first != never:
+            row = next((i for i, (step, _) in enumerate(self.unchecked) if step == first), None)
+            text = ""
+            if row is not None and bad[row, :-1].any():
+                terms = ", ".join(name for name, wrong in zip(names, bad[row], strict=True) if wrong)
+                text = f"rank {distributed.rank()}: {terms} on {', '.join(self.unchecked[row][1])}"
+            told = [line for line in distributed.gather_text(text) if line] or ["the gradients, with every term finite"]
+            raise NonFiniteError(
+                f"step {first + 1}: not finite: {'; '.join(told)}; last.pth holds earlier, finite weights; lower --lr, or look at these files"
+            )
+        self.unchecked = []
+
+    def means(self) -> dict[str, float]:
+        """The means since the last call over steps and ranks: {"loss": total, term: ..., "gradient_norm": ...}."""
+        mean = torch.stack(self.rows).mean(0)
+        self.rows = []
+        values = (distributed.total(mean) / distributed.world()).tolist()
+        return dict(zip(["loss", *self.terms, "gradient_norm"], values, strict=True))
+
+
+def log_step(training: Training, run: Run, record: Record) -> None:
+    """One line on the console and one row in the metrics: means since the last one."""
+    record.check()
+    steps = len(record.rows)
+    values = record.means()
+    seconds = training.budget.elapsed()
+    speed = training.options.batch_size * steps / max(1e-9, seconds - training.budget.logged)
+    training.budget.logged = seconds
+    lr, progress = training.optimizers["student"].param_groups[0]["lr"], training.progress
+    extra = {"memory_mib": torch.cuda.max_memory_allocated() >> 20} if training.device.type == "cuda" else {}
+    run.record(training.step, {**values, "lr": lr, "seconds": seconds, "images_per_second": speed, **extra})
+    terms = "  ".join(f"{name} {values[name]:.4g}" for name in ["loss", *record.terms])
+    left = duration(seconds / progress * (1 - progress)) if progress > 0 else "?"
+    logger.info("step %d%s  %s  lr %.3g  %.1f images/s  left %s", training.step, f"/{training.budget.iterations}" if training.budget.iterations else "",
+                terms, lr, speed, left)  # fmt: skip
+
+
+def finish_validation(training: Training, run: Run, scores: Scores) -> None:
+    """Record a validation, keep the best."""
+    training.validated, training.metrics = training.step, scores.summary()
+    run.record(training.step, {f"val/{name}": value for name, value in training.metrics.items()})
+    better = scores.miou > training.best
+    logger.info("step %d  validation on %s: %s%s", training.step, training.options.spec.select_split,
+                "  ".join(f"{name} {value:.2f}" for name, value in training.metrics.items()), "  (best so far)" if better else "")  # fmt: skip
+    if better:
+        training.best = scores.miou
+        run.save_best(training.snapshot(), training.student.state_dict())

@@ -1,0 +1,52 @@
+"""Console, log file and progress bar: a bar with the remaining time on a terminal, plain lines elsewhere."""
+
+import logging
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils import distributed
+
+logger = logging.getLogger("segkd")
+
+
+class _Console(logging.Handler):
+    """Writes above a running progress bar instead of through it."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def setup(folder: Path | None = None) -> logging.Logger:
+    """Log to the console, and to `folder`/log.txt when given; ranks other than 0 log warnings alone, to the console."""
+    logger.handlers.clear()
+    logger.propagate = False
+    main = distributed.is_main()
+    logger.setLevel(logging.INFO if main else logging.WARNING)
+    console = _Console()
+    prefix = "" if main else f"[rank {distributed.rank()}] "
+    console.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    logger.addHandler(console)
+    if main and folder is not None:
+        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
+        logger.addHandler(file)
+    return logger
+
+
+@contextmanager
+def progress_bar(total: int | None, initial: int = 0, unit: str = "step", description: str | None = None):
+    """tqdm on rank 0 when standard error is a terminal, else a bar that shows nothing."""
+    hidden = not (distributed.is_main() and sys.stderr.isatty())
+    with tqdm(total=total, initial=initial, unit=unit, desc=description, disable=hidden, dynamic_ncols=True, leave=False) as bar:
+        yield bar
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1:02:05"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,191 @@
+"""Confusion matrix, its scores, and the evaluation of a model on a data set."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.base import IGNORE
+from utils import distributed
+from utils.log import progress_bar
+
+
+def confusion(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """(K, K) int64 counts: rows are the labels, columns the predictions; ignored pixels are not counted.
+
+    Args:
+        prediction, target: integer tensors of one shape; prediction in [0, K), target in [0, K) or 255.
+    """
+    target, prediction = target.flatten().long(), prediction.flatten().long()
+    # ignored pixels go to a spare bin: no boolean gather, whose size a GPU would have to report to the host
+    cell = torch.where(target == IGNORE, num_classes**2, target * num_classes + prediction)
+    return torch.bincount(cell, minlength=num_classes**2 + 1)[: num_classes**2].view(num_classes, num_classes)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a confusion matrix says, in percent.
+
+    miou: mean IoU over the classes that occur in the labels or the predictions; miou_all: over all classes, absent ones as 0 (the
+    figure of codebases that divide by K); aacc: share of all labelled pixels that are right; macc: mean over the classes in the
+    labels of the share of their pixels that are right; iou, accuracy: per class, nan where the class is absent.
+    """
+
+    miou: float
+    miou_all: float
+    aacc: float
+    macc: float
+    iou: list[float]
+    accuracy: list[float]
+    matrix: list[list[int]]
+    images: int
+
+    @classmethod
+    def of(cls, matrix: Tensor, images: int, scored=None) -> "Scores":
+        """`scored`: the classes that count in the means, all if None; the others' pixels count against them where predicted."""
+        counts = matrix.cpu().double().numpy()
+        right, labelled, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            iou = 100 * right / (labelled + predicted - right)
+            accuracy = 100 * right / labelled
+            aacc = 100 * right.sum() / counts.sum()
+        if scored is not None:
+            unscored = np.setdiff1d(np.arange(len(counts)), scored)
+            iou[unscored] = accuracy[unscored] = np.nan
+        return cls(
+            miou=mean_of_present(iou), miou_all=float(np.nan_to_num(iou).mean()), aacc=float(aacc), macc=mean_of_present(accuracy),
+            iou=iou.tolist(), accuracy=accuracy.tolist(), matrix=matrix.cpu().tolist(), images=images,
+        )  # fmt: skip
+
+    def summary(self) -> dict[str, float]:
+        return {"mIoU": self.miou, "aAcc": self.aacc, "mAcc": self.macc}
+
+    def table(self, names) -> str:
+        """One line per class and the means, for a console."""
+        width = max(len(name) for name in [*names, "all classes"])
+        rows = [f"  {name:<{width}}  {iou:6.2f}  {acc:6.2f}" for name, iou, acc in zip(names, self.iou, self.accuracy, strict=True)]
+        return "\n".join([
+            f"  {'class':<{width}}     IoU     Acc", *rows,
+            f"  {'mean':<{width}}  {self.miou:6.2f}  {self.macc:6.2f}   (mIoU and mAcc over present classes)",
+            f"  {'all classes':<{width}}  {self.miou_all:6.2f}           (absent classes as 0)",
+            f"  {'pixels':<{width}}          {self.aacc:6.2f}   (aAcc), {self.images} images",
+        ])  # fmt: skip
+
+
+def mean_of_present(values: np.ndarray) -> float:
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if len(present) else float("nan")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a picture is turned into labels.
+
+    mode "whole": one forward pass per scale; "slide": windows of `window` pixels every `stride`, overlapping logits averaged.
+    With several `scales` or `flip` the class probabilities of the passes are averaged.
+    """
+
+    mode: str = "whole"
+    window: tuple[int, int] = (512, 512)
+    stride: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+    def __call__(self, model, image: Tensor) -> Tensor:
+        """Labels (B, H, W), int64, of uint8 pictures (B, 3, H, W)."""
+        size = image.shape[-2:]
+        passes = [(scale, flip) for scale in self.scales for flip in ((False, True) if self.flip else (False,))]
+        if len(passes) == 1 and passes[0] == (1.0, False):
+            return self.logits(model, image).argmax(1)
+        total = 0.0
+        for scale, flip in passes:
+            logits = self.logits(model, scaled(image.flip(-1) if flip else image, scale))
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+            total = total + (logits.flip(-1) if flip else logits).softmax(1)
+        return total.argmax(1)
+
+    def logits(self, model, image: Tensor) -> Tensor:
+        """Logits (B, K, H, W) at the picture's size, float32; upsampled with align_corners=True, the convention of the CIRKD line."""
+        if self.mode == "whole":
+            return upsampled(model(image).logits, image.shape[-2:])
+        height, width = image.shape[-2:]
+        window = (min(self.window[0], height), min(self.window[1], width))
+        stride = self.stride or tuple(max(1, 2 * side // 3) for side in self.window)
+        total, count = 0.0, image.new_zeros(1, 1, height, width, dtype=torch.float32)
+        for top in starts(height, window[0], stride[0]):
+            for left in starts(width, window[1], stride[1]):
+                box = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+                logits = upsampled(model(image[box]).logits, window)
+                if isinstance(total, float):
+                    total = logits.new_zeros(*logits.shape[:2], height, width)
+                total[box] += logits
+                count[box] += 1
+        return total / count
+
+
+def upsampled(logits: Tensor, size) -> Tensor:
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=True)
+
+
+def scaled(image: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return image
+    size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+    return F.interpolate(image.float(), size=size, mode="bilinear", align_corners=False, antialias=False)
+
+
+def starts(length: int, window: int, stride: int) -> list[int]:
+    """First positions of windows that cover [0, length): every `stride`, the last one flush with the end."""
+    return [*range(0, length - window, stride), length - window]
+
+
+class Stopped(Exception):
+    """The evaluation was asked to stop."""
+
+
+@torch.no_grad()
+def evaluate(model, loader, num_images: int, spec, device, inference=Inference(), amp=None, stop=None, visit=None) -> Scores:  # noqa: B008
+    """Scores over a data set, the same integers for any number of ranks, batches and workers.
+
+    Args:
+        model: in any mode; evaluated in eval mode and put back.
+        loader: this rank's part of the pictures, each exactly once over all ranks.
+        num_images: pictures on all ranks together.
+        spec: the data set, for its number of classes and which of them are scored.
+        amp: dtype of autocast, or None.
+        stop: called now and then; when it returns True on any rank, `Stopped` is raised on all.
+        visit: called with (batch, prediction) of every batch, to save pictures.
+
+    Raises:
+        Stopped.
+    """
+    training = model.training
+    model.eval()
+    matrix = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=device)
+    per_rank = -(-num_images // distributed.world())
+    batches, seen = iter(loader), 0
+    try:
+        with progress_bar(per_rank, unit="image", description="evaluation") as bar:
+            # every rank takes the same number of turns, so that all meet in `any_rank`; the last may be empty
+            for turn in range(per_rank):
+                if stop is not None and turn % 4 == 0 and distributed.any_rank(stop()):
+                    raise Stopped
+                batch = next(batches, None)
+                if batch is None:
+                    continue
+                seen += len(batch)
+                batch = batch.to(device)
+                with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                    prediction = inference(model, batch.image)
+                matrix += confusion(prediction, batch.target, spec.num_classes)
+                if visit is not None:
+                    visit(batch, prediction)
+                bar.update(len(batch))
+    finally:
+        model.train(training)
+    images = int(distributed.total(torch.tensor(seen)).item())
+    if images != num_images:
+        raise RuntimeError(f"{images} pictures were evaluated, {num_images} expected")
+    return Scores.of(distributed.total(matrix), images, spec.scored)

@@ -1,0 +1,349 @@
+"""Command line options: one spelling, true booleans, no abbreviations, and every value with its source.
+
+Precedence: command line, then the data set's recipe (`dataset/specs.py`), then the default. A method's flags come from its
+`Options` dataclass (`losses/base.py`); flags of a method that is not selected are refused.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from types import SimpleNamespace
+
+from dataset import SPECS, get_spec
+from losses import METHODS, resolve
+from models import BACKBONES, MODELS
+from models.segmentor import NORMALIZATIONS
+from models.weights import read_state
+
+
+METAVARS = {int: "N", float: "X", str: "NAME"}
+
+
+class Options(SimpleNamespace):
+    """The resolved values as attributes, `sources` {name: where the value came from} and `methods` {name: its Options}."""
+
+    sources: dict[str, str]
+    methods: dict[str, object]
+
+    def plain(self) -> dict:
+        """All values as plain python values, the methods' under `methods`."""
+        values = {name: value for name, value in vars(self).items() if name not in ("sources", "methods", "spec")}
+        return values | {"methods": {name: dataclasses.asdict(options) for name, options in self.methods.items()}}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and "did you mean"; remembers defaults and data-set values instead of filling them in."""
+
+    def __init__(self, script: str, description: str):
+        super().__init__(
+            prog=script, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        self.defaults, self.recipe, self.minimum, self.required = {}, {}, {}, []
+
+    def add(self, group, name, default, help, *, recipe=None, minimum=None, aliases=(), **kwargs):
+        """One option. `recipe`: attribute of a data set's spec that gives its default; `minimum`: smallest number allowed."""
+        dest = kwargs.pop("dest", name.replace("-", "_"))
+        self.defaults[dest], self.minimum[dest] = default, minimum
+        if recipe:
+            self.recipe[dest] = recipe
+        if isinstance(default, bool):
+            kwargs["action"] = argparse.BooleanOptionalAction
+        elif not {"type", "choices", "action"} & kwargs.keys() and default is not None:
+            kwargs["type"] = type(default)
+        shown = "the data set's" if recipe else "none" if default is None else f"{default}".lower() if isinstance(default, bool) else default
+        if kwargs.pop("required", False):  # checked after unknown flags, which may be its misspelling
+            self.required.append((dest, name))
+        else:
+            help += f" (default: {shown})"
+        if "action" not in kwargs and "choices" not in kwargs:
+            kwargs.setdefault("metavar", METAVARS[kwargs["type"]])
+        group.add_argument(f"--{name}", *(f"--{a}" for a in aliases), dest=dest, help=help.replace("%", "%%"), **kwargs)
+
+    def add_method(self, name, method):
+        """A group with the flags of one distillation method."""
+        group = self.add_argument_group(f"{name}: {method.title}", f"{method.paper} {method.url}".strip())
+        for field in dataclasses.fields(method.Options):
+            meta, kwargs = field.metadata, {}
+            if isinstance(field.default, bool):
+                kwargs["action"] = argparse.BooleanOptionalAction
+            elif isinstance(field.default, tuple):
+                kwargs |= {"type": type(field.default[0]), "nargs": "+", "choices": meta["choices"]}
+            else:
+                kwargs |= {"type": type(field.default), "choices": meta["choices"]}
+            if "type" in kwargs and not meta["choices"]:
+                kwargs["metavar"] = METAVARS[kwargs["type"]]
+            group.add_argument(
+                method_flag(name, field.name), dest=f"{name}.{field.name}", help=describe_default(meta, field.default).replace("%", "%%"), **kwargs
+            )
+
+    def parse(self, argv) -> dict:
+        """The values given on the command line alone."""
+        argv = [hyphenated(token) for token in argv]
+        given, unknown = self.parse_known_args(argv)
+        for token in unknown:
+            if not token.startswith("--"):
+                self.error(f"unexpected argument {token!r}")
+            flag = token.split("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            self.error(f"unknown option {flag}" + (f"; did you mean {close[0]}?" if close else "; --help lists all"))
+        for dest, name in self.required:
+            if not hasattr(given, dest):
+                self.error(f"--{name} is missing")
+        return vars(given)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def hyphenated(token: str) -> str:
+    """--max_iterations=5 -> --max-iterations=5: the underscores of older codebases are accepted."""
+    if not token.startswith("--"):
+        return token
+    flag, equals, value = token.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def method_flag(method: str, field: str) -> str:
+    return f"--{method}-{field}".replace("_", "-")
+
+
+def describe_default(meta, default) -> str:
+    """An option's help line with its default and the data sets' own values."""
+    tables = [("", {"default": default, **meta["per_dataset"]})]
+    if meta["when"]:
+        other, value, table = meta["when"]
+        tables.append((f"with {other.replace('_', '-')} {value}: ", table))
+    shown = []
+    for prefix, table in tables:
+        own = [f"{name} {plain_value(value)}" for name, value in table.items() if name != "default"]
+        shown.append(prefix + ", ".join([str(plain_value(table["default"])), *own]))
+    return f"{meta['help']} (default: {'; '.join(shown)})"
+
+
+def plain_value(value):
+    """A default as it is typed on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _add_data(parser, default="shapes"):
+    group = parser.add_argument_group("data")
+    parser.add(group, "dataset", default, f"data set: {', '.join(SPECS)}", type=str)
+    parser.add(group, "data", None, "folder of the data set; none is needed for shapes", type=str)
+    parser.add(group, "workers", 2, "loader processes per rank, 0 loads in the training process", minimum=0)
+
+
+def _add_device(parser):
+    group = parser.add_argument_group("machine")
+    parser.add(group, "device", "auto", "auto takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
+    parser.add(group, "amp", "off", "autocast of the forward passes", choices=("off", "bf16", "fp16"))
+    parser.add(group, "channels-last", True, "store activations as NHWC; the same function")
+    parser.add(group, "dist-timeout", 1800.0, "seconds a rank waits for the others before it gives up", minimum=1)
+
+
+def _add_network(parser, prefix, who):
+    """Options of the network to train; in train_baseline.py without prefix, with the prefixed spelling as an alias."""
+    group = parser.add_argument_group(who)
+
+    def add(name, default, help, **kwargs):
+        aliases = () if prefix else (f"student-{name}",)
+        parser.add(group, prefix + name, default, help, aliases=aliases, dest=f"student_{name.replace('-', '_')}", **kwargs)
+
+    add("model", "deeplabv3", f"{', '.join(MODELS)}")
+    add("backbone", "resnet18", f"{', '.join(BACKBONES)}")
+    add("head-width", None, "channels of the head; none takes the published width of the pair", type=int, minimum=1)
+    add("aux", None, "auxiliary head on stage 3; none: on ResNets only", action=argparse.BooleanOptionalAction)
+    add("pretrained", None, "checkpoint of a whole network to start from", type=str)
+    add("pretrained-base", "none", "backbone weights to start from: imagenet (torchvision's), a file, or none")
+    add("normalization", "imagenet", "input normalisation; caffe-bgr is the CIRKD line's", choices=tuple(NORMALIZATIONS))
+    add("head-after-dropout", False, "take the feature `head` after dropout, as the released CIRKD code does")
+
+
+def _add_teacher(parser):
+    group = parser.add_argument_group("teacher")
+    parser.add(group, "teacher-checkpoint", None, "checkpoint of the teacher: this project's or a published one", type=str)
+    parser.add(group, "teacher-model", None, "checked against the checkpoint, which says it itself", type=str)
+    parser.add(group, "teacher-backbone", None, "checked against the checkpoint, which says it itself", type=str)
+    parser.add(group, "teacher-normalization", None, "input normalisation, where the checkpoint's own is wrong", choices=tuple(NORMALIZATIONS))
+
+
+def _add_training(parser):
+    group = parser.add_argument_group("training")
+    add = parser.add
+    add(group, "crop-size", None, "training crop: one number or height width", recipe="crop", type=int, nargs="+", minimum=1)
+    add(group, "batch-size", None, "images per step on all ranks together", recipe="recipe.batch_size", type=int, minimum=1)
+    add(group, "accumulate", 1, "micro-batches per step", minimum=1)
+    add(group, "max-iterations", None, "length of the training in steps", recipe="recipe.max_iterations", type=int, minimum=1)
+    add(group, "max-minutes", None, "length in minutes of training time instead, without validation and checkpoints", type=float, minimum=1e-3)
+    add(group, "optimizer", None, "sgd or adamw", recipe="recipe.optimizer", choices=("sgd", "adamw"))
+    add(group, "lr", None, "learning rate at the start", recipe="recipe.lr", type=float, minimum=0)
+    add(group, "lr-power", None, "power of the polynomial schedule", recipe="recipe.power", type=float, minimum=0)
+    add(group, "lr-floor", 0.0, "smallest learning rate", minimum=0)
+    add(group, "momentum", None, "momentum of sgd", recipe="recipe.momentum", type=float, minimum=0)
+    add(group, "weight-decay", None, "weight decay of all parameters", recipe="recipe.weight_decay", type=float, minimum=0)
+    add(group, "aux-weight", 0.4, "weight of the auxiliary cross-entropy, 0 for none", minimum=0)
+    add(group, "loss-norm", "global", "cross-entropy over the labelled pixels of all ranks (exact), or a mean per rank (published codes)",
+        choices=("global", "local"))  # fmt: skip
+    add(group, "ema", 0.0, "decay of an exponential moving average of the weights, which is then evaluated; 0 for none", minimum=0)
+    add(group, "seed", 0, "seed of initial weights, data order, augmentation and masks", minimum=0)
+    add(group, "deterministic", False, "use deterministic GPU kernels only (slower)")
+
+    group = parser.add_argument_group("run")
+    add(group, "save-dir", None, "folder of this run: log, metrics, checkpoints", type=str)
+    add(group, "resume", False, "go on with the run in --save-dir where there is one")
+    add(group, "log-interval", 10, "steps between log lines", minimum=1)
+    add(group, "val-interval", None, "steps between validations; none: a tenth of the training", type=int, minimum=1)
+    add(group, "save-interval", 500, "steps between saves of last.pth", minimum=1)
+    add(group, "dry-run", False, "build the networks and losses, print every option with its source, and stop; reads no files")
+
+
+# what may differ between a run and its continuation
+COSMETIC = {"data", "workers", "device", "dist_timeout", "resume", "save_dir", "log_interval", "save_interval", "dry_run", "teacher_checkpoint"}
+
+
+def train_options(argv=None, *, distil: bool, description: str) -> Options:
+    """The options of train_baseline.py (`distil` False) and train_kd.py."""
+    parser = _Parser("train_kd.py" if distil else "train_baseline.py", description)
+    if distil:
+        group = parser.add_argument_group("distillation")
+        parser.add(group, "method", None, f"one or more of: {', '.join(METHODS)}", type=str, nargs="+", required=True)
+        _add_teacher(parser)
+    _add_network(parser, "student-" if distil else "", "student" if distil else "network")
+    _add_data(parser)
+    _add_training(parser)
+    _add_device(parser)
+    if distil:
+        for name, method in METHODS.items():
+            parser.add_method(name, method)
+    given = parser.parse(sys.argv[1:] if argv is None else argv)
+    return fail_in_one_line(parser, lambda: _resolve(parser, given))
+
+
+def eval_options(argv=None, *, description: str) -> Options:
+    """The options of eval.py."""
+    parser = _Parser("eval.py", description)
+    group = parser.add_argument_group("what to evaluate")
+    add = parser.add
+    add(group, "checkpoint", None, "checkpoint: this project's or a published one", type=str, required=True)
+    add(group, "normalization", None, "input normalisation, where the checkpoint's own is wrong", choices=tuple(NORMALIZATIONS))
+    add(group, "split", None, "split to evaluate; none: the one the data set reports", type=str)
+    _add_data(parser, default=None)
+    group = parser.add_argument_group("how")
+    add(group, "mode", "whole", "whole pictures, or a sliding window", choices=("whole", "slide"))
+    add(group, "window", None, "height and width of the sliding window", recipe="crop", type=int, nargs="+", minimum=1)
+    add(group, "stride", None, "step of the window; none: two thirds of it", type=int, nargs="+", minimum=1)
+    add(group, "scales", (1.0,), "scales whose class probabilities are averaged", type=float, nargs="+", minimum=0.05)
+    add(group, "flip", False, "average with the mirrored picture")
+    add(group, "limit", None, "evaluate the first N pictures alone", type=int, minimum=1)
+    _add_device(parser)
+    group = parser.add_argument_group("output")
+    add(group, "output", None, "folder of report.json and pictures; none: eval/<split> beside the checkpoint", type=str)
+    add(group, "save-predictions", False, "write label pictures (palette PNG) of every image")
+    add(group, "save-overlays", 0, "write overlays of the first N images", minimum=0)
+    add(group, "dry-run", False, "print every option with its source, and stop; reads no files")
+    given = parser.parse(sys.argv[1:] if argv is None else argv)
+    if "dataset" not in given and not given.get("dry_run"):
+        given["dataset"] = fail_in_one_line(parser, lambda: dataset_of(given["checkpoint"]))
+    return fail_in_one_line(parser, lambda: _resolve(parser, given))
+
+
+def dataset_of(path: str) -> str:
+    """The data set that a checkpoint of this project was trained on."""
+    _, info = read_state(path)
+    if not info["config"]:
+        raise ValueError(f"--dataset is missing: {path} is not a checkpoint of this project and does not say what it was trained on")
+    return info["config"]["dataset"]
+
+
+def fail_in_one_line(parser, function):
+    try:
+        return function()
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _resolve(parser: _Parser, given: dict) -> Options:
+    spec = get_spec(given.get("dataset") or parser.defaults["dataset"] or "shapes")
+    options = Options(sources={}, methods={}, spec=spec)
+    for name, default in parser.defaults.items():
+        if name in given:
+            value, source = given[name], "command line"
+        elif name in parser.recipe:
+            value, source = spec, f"data set {spec.name}"
+            for attribute in parser.recipe[name].split("."):
+                value = getattr(value, attribute)
+        else:
+            value, source = default, "default"
+        smallest = parser.minimum[name]
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if smallest is not None and number is not None and number < smallest:
+                raise ValueError(f"--{name.replace('_', '-')} {number}: must be at least {smallest:g}")
+        setattr(options, name, value)
+        options.sources[name] = source
+    options.dataset = spec.name
+    for name in ("crop_size", "window", "stride"):
+        if getattr(options, name, None) is not None:
+            setattr(options, name, pair(name, getattr(options, name)))
+    if "method" in parser.defaults:
+        _resolve_methods(options, given)
+    if "max_minutes" in parser.defaults:
+        _check_training(options, given)
+    return options
+
+
+def pair(name: str, value) -> tuple[int, int]:
+    """One number or two as (height, width)."""
+    value = list(value)
+    if len(value) > 2:
+        raise ValueError(f"--{name.replace('_', '-')} {' '.join(map(str, value))}: give one number, or height and width")
+    return (value[0], value[-1])
+
+
+def _resolve_methods(options: Options, given: dict) -> None:
+    for name in options.method:
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS, 1)
+            raise ValueError(f"--method {name}: " + (f"did you mean {close[0]}? " if close else "") + f"possible are {', '.join(METHODS)}")
+    if len(set(options.method)) != len(options.method):
+        raise ValueError(f"--method {' '.join(options.method)}: names a method twice")
+    for key in given:
+        name, dot, field = key.partition(".")
+        if dot and name not in options.method:
+            raise ValueError(
+                f"{method_flag(name, field)} belongs to {name}, which is not in --method {' '.join(options.method)}; add it, or drop the flag"
+            )
+    for name in options.method:
+        own = {key.partition(".")[2]: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key.startswith(f"{name}.")}
+        options.methods[name], sources = resolve(METHODS[name], options.dataset, own)
+        options.sources |= {f"{name}.{field}": source for field, source in sources.items()}
+
+
+def _check_training(options: Options, given: dict) -> None:
+    if "max_iterations" in given and "max_minutes" in given:
+        raise ValueError("--max-iterations and --max-minutes: give one of them")
+    if options.max_minutes is not None:
+        options.max_iterations = None
+        if options.val_interval is None:
+            raise ValueError("--max-minutes: say with --val-interval N after how many steps to validate; a tenth of the training is not known")
+    elif options.val_interval is None:
+        options.val_interval = max(1, options.max_iterations // 10)
+    if not options.ema < 1:
+        raise ValueError(f"--ema {options.ema}: must be below 1, for example 0.999")
+    if options.spec.source and options.data is None and not options.dry_run:
+        raise ValueError(f"--data is missing: the folder of {options.spec.name}; {options.spec.source}")
+    if options.save_dir is None and not options.dry_run:
+        raise ValueError("--save-dir is missing: the folder for log, metrics and checkpoints of this run")
+
+
+def option_table(options: Options) -> str:
+    """Every value with its source, one line each, for log and --dry-run."""
+    rows = [(name, getattr(options, name), source) for name, source in options.sources.items() if "." not in name]
+    for method, values in options.methods.items():
+        rows += [(f"{method}.{field}", value, options.sources[f"{method}.{field}"]) for field, value in dataclasses.asdict(values).items()]
+    width = max(len(name) for name, _, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {plain_value(value)!s:<24} {source}" for name, value, source in rows)

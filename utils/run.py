@@ -1,0 +1,224 @@
+"""The folder of one training: settings, log, metrics, checkpoints, and whether it is done.
+
+    args.json              every option with its source, versions, commit, command
+    log.txt                what the console showed, with times
+    metrics.jsonl, .csv    one row per log step and validation; a resume continues them without duplicate steps
+    last.pth               all that a resume needs (last.previous.pth: the save before)
+    best.pth               the same at the best validation
+    student_best.pth       weights and settings of the best student alone, for eval.py
+    DONE | INTERRUPTED     how it ended; INTERRUPTED holds the command that goes on
+"""
+
+import csv
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torchvision
+
+from utils import checkpoint, distributed
+from utils.log import logger
+from utils.options import COSMETIC, Options
+
+
+class Run:
+    """A training's folder. Only rank 0 writes; every rank reads.
+
+    Raises:
+        ValueError: the folder holds another run, or one that is there already without --resume, or cannot be written.
+    """
+
+    def __init__(self, options: Options, columns: list[str]):
+        self.folder = Path(options.save_dir)
+        self.options = options
+        self.columns = ["step", *columns]
+        self.state = None
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Refuse what would be lost or could not be written, before any work is done."""
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--save-dir {folder}: is a file; give a folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe.{os.getpid()}.tmp"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"--save-dir {folder}: cannot be written ({error.strerror}); choose another folder") from error
+        if (folder / "args.json").exists() and not self.options.resume:
+            raise ValueError(f"--save-dir {folder}: holds a run already; pass --resume to go on with it, or choose another folder")
+        distributed.barrier()  # nobody writes before everybody has looked
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "DONE").exists()
+
+    def start(self, model: dict, teacher: dict | None) -> dict | None:
+        """Begin or go on: writes args.json, and returns the state to resume from, None for a new run.
+
+        Args:
+            model: the student's config; teacher: {"file": its name, "sha256": its content}.
+
+        Raises:
+            ValueError: the run in the folder has other settings, or was distilled from another teacher.
+        """
+        self._configure(model, teacher)
+        state = checkpoint.load_last(self.folder / "last.pth", logger.warning) if self.options.resume else None
+        if state is not None:
+            self._check_same_run(state["config"])
+            state["config"] = self.config
+        if distributed.is_main():
+            for name in ("DONE", "INTERRUPTED"):
+                (self.folder / name).unlink(missing_ok=True)
+            self._write_arguments()
+            self._truncate_metrics(state["step"] if state else 0)
+        return state
+
+    def check_same(self, model: dict, teacher: dict | None) -> None:
+        """Raise when a finished run has other settings than asked for now."""
+        self._configure(model, teacher)
+        self._check_same_run(checkpoint.load(self.folder / "student_best.pth")["config"])
+
+    def _configure(self, model: dict, teacher: dict | None) -> None:
+        self.config = {"model": model, "teacher": teacher, "dataset": self.options.dataset, "options": self.options.plain()}
+
+    def _check_same_run(self, old: dict) -> None:
+        differences = []
+        if old["model"] != self.config["model"]:
+            differences.append(f"the model is {self.config['model']}, was {old['model']}")
+        if (old["teacher"] or {}).get("sha256") != (self.config["teacher"] or {}).get("sha256"):
+            differences.append(f"the teacher is {self.config['teacher']}, was {old['teacher']}")
+        # through json, where tuples and lists are one
+        now, was = json.loads(json.dumps(self.config["options"])), json.loads(json.dumps(old["options"]))
+        for key in sorted(set(now) | set(was)):
+            if key not in COSMETIC and now.get(key) != was.get(key):
+                differences.append(f"--{key.replace('_', '-')} is {now.get(key)}, was {was.get(key)}")
+        if differences:
+            raise ValueError(f"--save-dir {self.folder}: holds another run ({'; '.join(differences)}); choose another folder, or the same settings")
+
+    def _write_arguments(self) -> None:
+        arguments = {
+            "command": command(),
+            "options": self.config["options"],
+            "sources": self.options.sources,
+            "model": self.config["model"],
+            "teacher": self.config["teacher"],
+            "environment": environment(),
+        }
+        write_text(self.folder / "args.json", json.dumps(arguments, indent=2) + "\n")
+
+    def _truncate_metrics(self, step: int) -> None:
+        """Drop the rows after `step`, which the resumed run writes again, and rebuild the table from what remains."""
+        path = self.folder / "metrics.jsonl"
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line that was cut off by a kill
+            if row["step"] <= step:
+                rows.append(row)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        with open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def record(self, step: int, values: dict) -> None:
+        """Append a row to metrics.jsonl and metrics.csv; columns that the table does not have stay in the jsonl alone."""
+        if not distributed.is_main():
+            return
+        row = {"step": step, **values}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        with open(self.folder / "metrics.csv", "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
+
+    def save_last(self, state: dict) -> None:
+        self._save("last.pth", state, keep_previous=True)
+
+    def save_best(self, state: dict, weights: dict) -> None:
+        """`state`: as for `save_last`; `weights`: the state dict to deploy (the moving average where there is one)."""
+        self._save("best.pth", state)
+        self._save("student_best.pth", {"student": weights, **{key: state[key] for key in ("step", "metrics")}})
+
+    def _save(self, name: str, content: dict, keep_previous: bool = False) -> None:
+        """On rank 0, while the others wait; a failure there stops them all."""
+        failure = ""
+        if distributed.is_main():
+            try:
+                checkpoint.save(self.folder / name, {**content, "config": self.config, "environment": environment()}, keep_previous)
+            except checkpoint.CheckpointError as error:
+                failure = str(error)
+        failure = distributed.gather_text(failure)[0]
+        if failure:
+            raise checkpoint.CheckpointError(failure)
+
+    def finish(self, summary: str) -> None:
+        if distributed.is_main():
+            write_text(self.folder / "DONE", summary + "\n")
+
+    def interrupted(self, step: int) -> None:
+        """Say how to go on."""
+        if distributed.is_main():
+            again = command() + ("" if "--resume" in sys.argv else " --resume")
+            write_text(self.folder / "INTERRUPTED", f"stopped after step {step}; go on with:\n{again}\n")
+            logger.info("stopped after step %d, saved; go on with:\n  %s", step, again)
+
+
+class StopSignal:
+    """Turns the first SIGTERM or SIGINT into a flag; a second SIGINT stops at once, as usual."""
+
+    def __init__(self):
+        self.received = False
+
+    def __enter__(self):
+        self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, _frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+def command() -> str:
+    """The command line of this process, for pasting; under torchrun with its number of processes."""
+    program = ["python"] if not distributed.launched() else ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
+    return shlex.join([*program, *sys.argv])
+
+
+def environment() -> dict:
+    """Versions, machine and commit, as plain values."""
+    root = Path(__file__).parent.parent
+    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False) \
+        if (root / ".git").exists() else None  # fmt: skip
+    return {
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "ranks": distributed.world(),
+        "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown",
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file as a whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

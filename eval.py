@@ -52,9 +52,10 @@ def main(options, device) -> None:
     logger.info("%s\n%s, %s, %d pictures", found, spec.title, split, count)
     scores = evaluate(model, loader, count, spec, device, timed, AMP[options.amp], visit=pictures_out)
     height, width = pictures.read(0)[1].shape
-    macs = count_macs(model.float().cpu(), height, width)
+    macs = count_macs(model, height, width)
     logger.info("%s", scores.table(spec.classes))
-    logger.info("%.2f M parameters, %.2f GMAC and %.1f ms per %dx%d picture", count_parameters(model) / 1e6, macs / 1e9, timed.median_ms, height, width)
+    cost = (count_parameters(model) / 1e6, macs / 1e9, timed.median_ms, height, width)
+    logger.info("%.2f M parameters, %.2f GMAC and %.1f ms per %dx%d picture", *cost)
     if distributed.is_main():
         report = {
             "checkpoint": str(options.checkpoint), "dataset": spec.name, "split": split, "classes": list(spec.classes), **vars(scores),

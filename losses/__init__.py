@@ -18,7 +18,8 @@ def _methods() -> dict[str, type[Method]]:
         module = importlib.import_module(f"{__name__}.{info.name}")
         classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__]
         if len(classes) > 1:
-            raise ImportError(f"losses/{info.name}.py defines {len(classes)} methods ({', '.join(c.__name__ for c in classes)}); one file is one method")
+            names = ", ".join(c.__name__ for c in classes)
+            raise ImportError(f"losses/{info.name}.py defines {len(classes)} methods ({names}); one file is one method")
         for cls in classes:
             cls.name = info.name
             found[info.name] = cls

@@ -169,7 +169,9 @@ def contrast(
         generated, teacher = F.max_pool2d(generated, pool), F.max_pool2d(teacher, pool)
     if min(generated.shape[-2:]) < patch:
         height, width = generated.shape[-2:]
-        raise ValueError(f"the map to contrast is {height}x{width}, smaller than a {patch}x{patch} patch; pass a larger --crop-size or --afdcd-pool 0")
+        raise ValueError(
+            f"the map to contrast is {height}x{width}, smaller than a {patch}x{patch} patch; pass a larger --crop-size or --afdcd-pool 0"
+        )
     if negatives == "spatial":
         groups = 1
     student_cells, teacher_cells = to_cells(generated, patch, groups), to_cells(teacher, patch, groups)

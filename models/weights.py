@@ -13,6 +13,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from utils import checkpoint
+
 from . import build_model
 from .segmentor import Segmentor
 
@@ -82,17 +84,15 @@ class Difference(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------- reading files
 
 
-def read_state(path: str | Path, verify: Callable[[Path], None] | None = None) -> tuple[dict[str, Tensor], dict]:
+def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The state dict in a file, on the CPU, and what else is known: `{"format": str, "config": the run's or None}`.
 
     Understands a bare state dict, {"state_dict": ..., ...} and this project's checkpoints (their student); a `module.` prefix is
     stripped. Key names are otherwise the file's.
 
-    Args:
-        verify: called with the path if it is this project's checkpoint; raises if the content does not match its checksum.
-
     Raises:
-        ValueError: one line with file, reason and remedy: no such file, damaged, holds code, or is no checkpoint.
+        ValueError: one line with file, reason and remedy: no such file, damaged (this project's files carry a checksum), holds
+            code, or is no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,8 +109,7 @@ def read_state(path: str | Path, verify: Callable[[Path], None] | None = None) -
     info = {"format": "state_dict", "config": None}
     state = content
     if isinstance(content, dict) and str(content.get("format")).startswith(FORMAT_PREFIX):
-        if verify is not None:
-            verify(path)
+        checkpoint.verify(path)
         info = {"format": content["format"], "config": content.get("config")}
         if not isinstance(info["config"], dict) or not isinstance(info["config"].get("model"), dict):
             raise ValueError(f"{path}: a {content['format']} checkpoint without the model's config; use another copy of it")
@@ -226,19 +225,17 @@ def model_from_checkpoint(
     *,
     num_classes: int | None = None,
     normalization: str | None = None,
-    verify: Callable[[Path], None] | None = None,
 ) -> tuple[Segmentor, str]:
     """The model in a file, built from the file's own config or, without one, from its tensors; and a report for the log.
 
     Args:
         num_classes: what the data set has; another number in the file is refused.
         normalization: overrides the file's.
-        verify: see `read_state`.
 
     Raises:
         ValueError: see `read_state` and `infer_config`; wrong number of classes; tensors that do not fit (line, then table).
     """
-    state, info = read_state(path, verify)
+    state, info = read_state(path)
     try:
         config = dict(info["config"]["model"]) if info["config"] else infer_config(state)
         if normalization:
@@ -263,7 +260,6 @@ def load_into(
     path: str | Path,
     *,
     allow_classifier_mismatch: bool = False,
-    verify: Callable[[Path], None] | None = None,
 ) -> str:
     """Start an existing model from a whole checkpoint; returns a report for the log with every key that was not matched.
 
@@ -271,12 +267,11 @@ def load_into(
 
     Args:
         allow_classifier_mismatch: keep the model's own classifiers where the file's have another number of classes.
-        verify: see `read_state`.
 
     Raises:
         ValueError: see `read_state`; tensors that do not fit (one line, then the table).
     """
-    state, info = read_state(path, verify)
+    state, info = read_state(path)
     expected = "caffe-bgr" if is_foreign(state) else None
     if info["config"]:
         expected = info["config"]["model"].get("normalization")

@@ -72,7 +72,8 @@ def test_mean_form_is_the_released_form_divided():
 
 def test_mean_weights_equal_the_published_ones_at_the_published_size():
     """2048 channels at stride 8 of the released crop; 16 groups."""
-    for dataset, height, width in (("citys", 512, 1024), ("voc", 512, 512), ("camvid", 360, 360), ("ade20k", 512, 512), ("coco_stuff_164k", 512, 512)):
+    crops = {"citys": (512, 1024), "voc": (512, 512), "camvid": (360, 360), "ade20k": (512, 512), "coco_stuff_164k": (512, 512)}
+    for dataset, (height, width) in crops.items():
         sums, means = ({
             term: reference.build("afdcd", student={"c4": 16}, teacher={"c4": 32}, dataset=dataset, normalise=form).weights[term]
             for term in ("fd", "contrast")

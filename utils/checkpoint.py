@@ -97,7 +97,8 @@ def load(path: Path) -> dict:
         # the literal argument: the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD overrides a default, not this
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path}: holds more than tensors and plain values ({type(error).__name__}); it was not written by this project") from error
+        reason = f"holds more than tensors and plain values ({type(error).__name__})"
+        raise CheckpointError(f"{path}: {reason}; it was not written by this project") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: format {found!r}, this version reads {FORMAT!r}")

@@ -234,8 +234,8 @@ def log_step(training: Training, run: Run, record: Record) -> None:
     run.record(training.step, {**values, "lr": lr, "seconds": seconds, "images_per_second": speed, **extra})
     terms = "  ".join(f"{name} {values[name]:.4g}" for name in ["loss", *record.terms])
     left = duration(seconds / progress * (1 - progress)) if progress > 0 else "?"
-    logger.info("step %d%s  %s  lr %.3g  %.1f images/s  left %s", training.step, f"/{training.budget.iterations}" if training.budget.iterations else "",
-                terms, lr, speed, left)  # fmt: skip
+    of = f"/{training.budget.iterations}" if training.budget.iterations else ""
+    logger.info("step %d%s  %s  lr %.3g  %.1f images/s  left %s", training.step, of, terms, lr, speed, left)
 
 
 def finish_validation(training: Training, run: Run, scores: Scores) -> None:

@@ -16,7 +16,6 @@ from models import BACKBONES, MODELS
 from models.segmentor import NORMALIZATIONS
 from models.weights import read_state
 
-
 METAVARS = {int: "N", float: "X", str: "NAME"}
 
 

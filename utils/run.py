@@ -202,9 +202,6 @@ def command() -> str:
 
 def environment() -> dict:
     """Versions, machine and commit, as plain values."""
-    root = Path(__file__).parent.parent
-    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False) \
-        if (root / ".git").exists() else None  # fmt: skip
     return {
         "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
@@ -213,8 +210,20 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "ranks": distributed.world(),
-        "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown",
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit of this code, with "-dirty" when files differ from it; "unknown" outside a git clone."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return "unknown"
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def write_text(path: Path, text: str) -> None:

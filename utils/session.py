@@ -12,7 +12,7 @@ import torch
 from dataset import EndlessSampler, EvalSampler, build_dataset, build_loader
 from losses import Setup, build_methods
 from losses.task import TaskLoss
-from models import build_model, count_macs, count_parameters
+from models import ALIASES, build_model, count_macs, count_parameters
 from models.weights import load_backbone, load_into, model_from_checkpoint
 from utils import checkpoint, distributed, log
 from utils.distill import Distiller, Teacher
@@ -134,7 +134,7 @@ def build_teacher(options: Options):
                          f"pass a --teacher-checkpoint trained on {options.dataset}")  # fmt: skip
     for flag in ("model", "backbone"):
         asked = getattr(options, f"teacher_{flag}")
-        if asked and build_model(**{**model.config, flag: asked}).config[flag] != model.config[flag]:
+        if asked and ALIASES.get(asked, asked) != model.config[flag]:
             raise ValueError(f"--teacher-{flag} {asked}: {path} is a {model.config[flag]}; drop the flag, or give the checkpoint you mean")
     logger.info("teacher: %s", found)
     return model, {"file": os.path.basename(path), "sha256": checkpoint.fingerprint(path)}
@@ -166,15 +166,16 @@ def report(training: Training, run: Run, selection: Split, reported: Split) -> N
     training.student.load_state_dict(best["student"])
     rows["best"] = reported.evaluate(training.student)
     chosen = f"best on {selection.name}" + (", which is the reported split itself" if reported is selection else "")
-    text = [f"{reported.name}: last (step {training.step}): mIoU {rows['last'].miou:.2f}; {chosen} (step {best['step']}): mIoU {rows['best'].miou:.2f}"]
-    logger.info("%s\n%s", text[0], rows["best"].table(spec.classes))
+    last, best_miou = rows["last"].miou, rows["best"].miou
+    text = f"{reported.name}: last (step {training.step}): mIoU {last:.2f}; {chosen} (step {best['step']}): mIoU {best_miou:.2f}"
+    logger.info("%s\n%s", text, rows["best"].table(spec.classes))
     content = {
         "split": reported.name, "selected_on": selection.name, "classes": list(spec.classes), "seconds": training.budget.seconds,
         "steps": {"last": training.step, "best": best["step"]}, **{name: vars(scores) for name, scores in rows.items()},
     }  # fmt: skip
     if distributed.is_main():
         write_text(run.folder / "report.json", json.dumps(content, indent=1) + "\n")
-    run.finish(text[0])
+    run.finish(text)
 
 
 def describe(distiller: Distiller, teacher, options: Options) -> str:
@@ -183,7 +184,8 @@ def describe(distiller: Distiller, teacher, options: Options) -> str:
 
     def line(who, model):
         name = f"{model.config['model']}-{model.config['backbone']}"
-        return f"{who}: {name}, {count_parameters(model) / 1e6:.2f} M parameters, {count_macs(model, height, width) / 1e9:.2f} GMAC per {height}x{width} crop"
+        parameters, macs = count_parameters(model) / 1e6, count_macs(model, height, width) / 1e9
+        return f"{who}: {name}, {parameters:.2f} M parameters, {macs:.2f} GMAC per {height}x{width} crop"
 
     lines = [line("student" if teacher else "network", distiller.student)]
     if teacher is not None:

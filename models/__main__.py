@@ -4,7 +4,7 @@ import torch
 
 from . import FIELDS, build_model, count_macs, count_parameters, list_models
 
-ORDER = [name for name in FIELDS if name != "aux"]
+ORDER = [name for name in FIELDS if name != "aux" and name[0] != "p"]
 
 
 def main() -> None:

@@ -90,6 +90,11 @@ class ResNet(nn.Module):
         dilate([*self.layer2, *self.layer3, *self.layer4], 4, output_stride)
         self.channels = tuple(width * type(self.layer1[0]).expansion for width in (64, 128, 256, 512))
 
+    @property
+    def last_blocks(self) -> tuple[nn.Module, ...]:
+        """The block that each stage ends with, hence with the block's ReLU."""
+        return tuple(layer[-1] for layer in (self.layer1, self.layer2, self.layer3, self.layer4))
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.relu(self.bn1(self.conv1(x)))
         if self.deep_stem:

@@ -1,4 +1,6 @@
-"""Layers that several heads share."""
+"""Layers that several heads share, and a look inside them."""
+
+from contextlib import contextmanager
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +10,23 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, dilation: int
     """Convolution without bias that keeps the size, normalisation, ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
     return nn.Sequential(conv, norm(out_channels), nn.ReLU(inplace=True))
+
+
+@contextmanager
+def inputs_of(modules: dict[str, nn.Module]):
+    """{name: input of the module's last call inside the context}. torchvision's residual blocks call one ReLU two or three times; the
+    last call gets what the block would return without it. Copies, as those ReLUs overwrite their input."""
+    inputs = {}
+
+    def keep(name):
+        return lambda module, args: inputs.update({name: args[0].clone()})
+
+    handles = [module.register_forward_pre_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class PooledBatchNorm2d(nn.BatchNorm2d):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-FIELDS = ("logits", "head", "c4", "c3", "c2", "c1", "aux")
+FIELDS = ("logits", "head", "c4", "c3", "c2", "c1", "aux", "p4", "p3", "p2", "p1")
 
 
 class SegOutput:
@@ -12,6 +12,7 @@ class SegOutput:
     head    (B, C, h, w)  input of the last 1x1 classifier
     c4..c1  (B, C, h, w)  stages of the backbone, c4 the deepest
     aux     (B, K, h, w)  class scores of the auxiliary head
+    p4..p1  (B, C, h, w)  the stages before the ReLU they end in; equal to c4..c1 where they end in none
 
     Immutable, and neither indexable nor iterable: `output[-1]` raises TypeError, since a position means another tensor in every
     codebase. Reading a field that was not computed raises AttributeError, so `hasattr(output, "aux")` tells whether it was.

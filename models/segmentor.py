@@ -1,11 +1,13 @@
 """Image -> SegOutput: input normalisation, backbone, head, auxiliary head."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from .head import FCNHead, Head
+from .layers import inputs_of
 from .output import FIELDS, SegOutput
 
 # name: (channel order, mean, standard deviation) in units of 0..255
@@ -40,7 +42,8 @@ class Segmentor(nn.Module):
         self.num_classes = config["num_classes"]
         self.stride = config["output_stride"]
         self.channels = {"logits": self.num_classes, "head": head.classifier.in_channels}
-        self.channels.update(zip(("c1", "c2", "c3", "c4"), backbone.channels, strict=True))
+        for kind in "cp":
+            self.channels.update({f"{kind}{number}": width for number, width in enumerate(backbone.channels, 1)})
         if self.aux_head is not None:
             self.channels["aux"] = self.num_classes
 
@@ -49,6 +52,13 @@ class Segmentor(nn.Module):
         # not persistent: the name in `config` says it all, and published checkpoints have no such keys
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @property
+    def norms(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Weight and bias of the last BatchNorm in front of p1..p4 by their names; {} for backbones whose stages end in no ReLU."""
+        blocks = getattr(self.backbone, "last_blocks", ())
+        layers = [getattr(block, "bn3", block.bn2) for block in blocks]
+        return {f"p{number}": (layer.weight.detach(), layer.bias.detach()) for number, layer in enumerate(layers, 1)}
 
     def normalize(self, image: Tensor) -> Tensor:
         """(B, 3 or 4, H, W) RGB in 0..255, any dtype -> what the backbone expects, in the model's dtype.
@@ -78,8 +88,11 @@ class Segmentor(nn.Module):
         if "aux" in needs and self.aux_head is None:
             raise ValueError("'aux' was asked for, but this model has no auxiliary head; build it with aux=True")
 
-        stages = self.backbone(self.normalize(image))
-        fields = dict(zip(("c1", "c2", "c3", "c4"), stages, strict=True))
+        last = enumerate(getattr(self.backbone, "last_blocks", ()), 1)
+        relus = {f"p{number}": block.relu for number, block in last if f"p{number}" in needs}
+        with inputs_of(relus) if relus else nullcontext({}) as before_relu:
+            stages = self.backbone(self.normalize(image))
+        fields = {f"{kind}{number}": stage for kind in "cp" for number, stage in enumerate(stages, 1)} | before_relu
         if needs & {"head", "logits"}:
             fields["head"], fields["logits"] = self.head(stages)
         if "aux" in needs:

@@ -255,12 +255,22 @@ def model_from_checkpoint(
     )
 
 
-def load_into(
-    model: Segmentor,
-    path: str | Path,
-    *,
-    allow_classifier_mismatch: bool = False,
-) -> str:
+def fit_label_plane(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with a stem of the module's number of input planes, 3 or 4 (label-assisted, `losses/lad.py`).
+
+    A fourth plane that the file lacks is drawn from N(0, 0.1^2), as LAD does; one that the module lacks is left out: in published
+    students its input is always 0, and a convolution of zeros adds nothing.
+    """
+    state = dict(state)
+    for key, own in module.state_dict().items():
+        theirs = state.get(key)
+        if theirs is not None and own.dim() == theirs.dim() == 4 and (own.shape[1], theirs.shape[1]) in ((3, 4), (4, 3)):
+            plane = 0.1 * torch.randn_like(theirs[:, :1])
+            state[key] = theirs[:, :3] if own.shape[1] == 3 else torch.cat([theirs, plane], 1)
+    return state
+
+
+def load_into(model: Segmentor, path: str | Path, *, allow_classifier_mismatch: bool = False) -> str:
     """Start an existing model from a whole checkpoint; returns a report for the log with every key that was not matched.
 
     The auxiliary head may be on one side only. Backbone and head must fit.
@@ -281,7 +291,8 @@ def load_into(
             return allow_classifier_mismatch and ".classifier." in row.key
         return row.key.startswith("aux_head.")
 
-    return load_matching(model, translate_keys(state), str(path), allowed) + normalization_note(model, expected)
+    state = fit_label_plane(model, translate_keys(state))
+    return load_matching(model, state, str(path), allowed) + normalization_note(model, expected)
 
 
 def load_backbone(model: Segmentor, source: str | Path) -> str:
@@ -329,7 +340,8 @@ def load_imagenet(backbone: nn.Module, name: str) -> str:
 def load_trunk(backbone: nn.Module, state: dict[str, Tensor], source: str) -> str:
     """A classification network's weights into a backbone; only its classifier may be left over."""
     leftover = ("fc.", "classifier.", "features.18.", "conv.")  # the last two: MobileNetV2's 1280 channels before its classifier
-    return load_matching(backbone, translate_keys(state), source, lambda row: row.problem == "unexpected" and row.key.startswith(leftover))
+    state = fit_label_plane(backbone, translate_keys(state))
+    return load_matching(backbone, state, source, lambda row: row.problem == "unexpected" and row.key.startswith(leftover))
 
 
 def normalization_note(model: Segmentor, expected: str | None) -> str:

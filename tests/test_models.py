@@ -144,7 +144,7 @@ def test_every_field_has_the_declared_shape(name, backbone, aux):
         output = model(image(2, 3, 65, 97), needs)
     assert output.computed == tuple(needs)
     for field in needs:
-        size = (17, 25) if field == "c1" else (9, 13)  # ceil(65 / 4), ceil(97 / 4); / 8
+        size = (17, 25) if field in ("c1", "p1") else (9, 13)  # ceil(65 / 4), ceil(97 / 4); / 8
         assert getattr(output, field).shape == (2, model.channels[field], *size)
 
 

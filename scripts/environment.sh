@@ -1,0 +1,55 @@
+# Sourced by every script of this folder: paths, the python environment, and `launch`.
+#
+#   PYTHON   the interpreter; default: the active environment's, else .venv beside the code, which is made on demand
+#   GPUS     processes per node for `launch`; default: one per visible GPU, one on a CPU
+#   several nodes: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, with torchrun's meaning
+
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# torchrun hands restarted ranks the dead attempt's addresses without it (pytorch issues 135712, 167288)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+# Make PYTHON point to an environment that has the packages of the files given, installing what is missing.
+prepare_environment() {
+    if [ -z "${PYTHON:-}" ]; then
+        if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+            PYTHON="$(command -v python)"
+        else
+            if [ ! -x "$ROOT/.venv/bin/python" ]; then
+                echo "creating an environment in $ROOT/.venv"
+                python3 -m venv "$ROOT/.venv"
+            fi
+            PYTHON="$ROOT/.venv/bin/python"
+        fi
+    fi
+    local file
+    for file in "$@"; do
+        echo "checking the packages of $file (a first installation of torch takes some minutes)"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file"
+    done
+}
+
+# launch SCRIPT ARGUMENTS...: one process per GPU under torchrun, a plain process where one is enough.
+launch() {
+    local script="$1"
+    shift
+    if [ -z "${PYTHON:-}" ]; then
+        if [ -x "$ROOT/.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+            PYTHON="$ROOT/.venv/bin/python"
+        else
+            PYTHON="$(command -v python || command -v python3)"
+        fi
+    fi
+    local processes="${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+    if [ "$processes" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
+        exec "$PYTHON" "$ROOT/$script" "$@"
+    fi
+    local rendezvous=(--standalone)
+    if [ "${NNODES:-1}" != 1 ]; then
+        rendezvous=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?set NODE_RANK}" --master-addr "${MASTER_ADDR:?set MASTER_ADDR}"
+                    --master-port "${MASTER_PORT:-29500}")
+    fi
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$processes" "$ROOT/$script" "$@"
+}

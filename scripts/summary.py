@@ -1,0 +1,87 @@
+"""Compare finished runs: a table, and a sheet of pictures with every run's predictions.
+
+    python -m scripts.summary teacher=runs/teacher student=runs/student "student + KD=runs/kd" --output runs
+
+Writes summary.md, summary.png to --output and prints the table. The mIoU comes from each run's report.json (the split that the data
+set reports, best checkpoint on the selection split); parameters, GMACs and the time per picture are taken here, one picture at a time.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset import build_dataset, get_spec
+from models import count_macs, count_parameters
+from models.weights import model_from_checkpoint
+from utils.metrics import Inference, Timed
+from utils.visualize import overlay, sheet
+
+
+def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.device) -> tuple[str, object]:
+    """(table in Markdown, sheet as a PIL image) of the runs {title: folder}.
+
+    Raises:
+        ValueError: a run is not finished, or the runs are of different data sets.
+    """
+    reports = {}
+    for title, folder in runs.items():
+        path = folder / "report.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: no report.json; the training is not finished: resume it with --resume")
+        reports[title] = json.loads(path.read_text(encoding="utf-8"))
+    names = {json.loads((folder / "args.json").read_text(encoding="utf-8"))["options"]["dataset"] for folder in runs.values()}
+    if len(names) > 1:
+        raise ValueError(f"the runs are of different data sets: {', '.join(sorted(names))}; compare runs of one")
+    spec = get_spec(names.pop())
+    split = next(iter(reports.values()))["split"]
+    pictures = build_dataset(spec, data, split)
+    chosen = np.linspace(0, len(pictures) - 1, rows).round().astype(int)  # evenly spaced, not picked for their looks
+    samples = [pictures[int(index)] for index in chosen]
+    palette = spec.palette()
+    columns = {"input": [s.image for s in samples], "label": [overlay(s.image, s.target, palette) for s in samples]}
+    lines = [f"| run | mIoU {split} | last | parameters | GMAC | ms per picture |", "|---|---|---|---|---|---|"]
+    for title, folder in runs.items():
+        model, _ = model_from_checkpoint(folder / "student_best.pth")
+        model = model.eval().to(device=device, memory_format=torch.channels_last)
+        timed = Timed(Inference(), device)
+        predictions = []
+        with torch.no_grad():
+            for sample in [samples[0], *samples]:  # the first one warms up
+                image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].to(device)
+                predictions.append(timed(model, image)[0].cpu().numpy().astype(np.uint8))
+        columns[title] = [overlay(s.image, p, palette) for s, p in zip(samples, predictions[1:], strict=True)]
+        height, width = samples[0].target.shape
+        cost = f"{count_parameters(model) / 1e6:.2f} M | {count_macs(model, height, width) / 1e9:.2f} | {timed.median_ms:.1f}"
+        lines.append(f"| {title} | {reports[title]['best']['miou']:.2f} | {reports[title]['last']['miou']:.2f} | {cost} |")
+    return "\n".join(lines), sheet(columns, spec.classes, spec.colours)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.summary", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="TITLE=FOLDER", help="a finished run and what to call it")
+    parser.add_argument("--data", help="folder of the data set; none is needed for shapes")
+    parser.add_argument("--rows", type=int, default=5, help="pictures on the sheet (default: 5)")
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder of summary.md and summary.png (default: here)")
+    options = parser.parse_args()
+    runs = {}
+    for text in options.runs:
+        title, equals, folder = text.partition("=")
+        if not equals:
+            parser.error(f"{text!r}: give TITLE=FOLDER")
+        runs[title] = Path(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        table, page = summarize(runs, options.data, options.rows, device)
+    except ValueError as error:
+        parser.error(str(error))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "summary.md").write_text(table + "\n", encoding="utf-8")
+    page.save(options.output / "summary.png")
+    print(f"{table}\n\npictures: {options.output / 'summary.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -58,3 +58,20 @@ def pixel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: 
     ).sum(1)  # (B, h, w)
     mean = kl.mean() if valid is None else (kl * valid).sum() / valid.sum().clamp(min=1)
     return temperature**2 * mean
+
+
+@full_precision
+def channel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)) per channel, softmax over positions: (B, C, h, w) -> (B, C).
+
+    From logarithms throughout: over thousands of positions probabilities underflow, and their logarithm is -inf.
+    """
+    student, teacher = student.flatten(2) / temperature, teacher.flatten(2) / temperature  # (B, C, h*w)
+    kl = F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True)
+    return temperature**2 * kl.sum(-1)
+
+
+def spatial_attention(feature: Tensor, size: Tensor) -> Tensor:
+    """Where features are large: mean over channels of feature^2 at the spatial size of the map `size`, as a unit vector over its
+    positions: (B, C, h, w) -> (B, h'*w')."""
+    return F.normalize(resize_like(feature.square().mean(1, keepdim=True), size).flatten(1), dim=1)

@@ -1,0 +1,93 @@
+"""ICSD: inter-class similarity distillation."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.base import Method, option, weight
+from losses.functional import full_precision, pixel_kl, resize_like
+
+
+class ICSD(Method):
+    """How similar the places of any two classes are: a K x K matrix per image, the student's to equal the teacher's.
+
+    Term `ics`, form "paper": class k is a distribution over all positions, p_k = softmax of its logits; ICS[k, l] = KL(p_k || p_l)
+    per image; the loss is the mean squared difference of the two matrices. Form "released", what the authors' code computes: softmax
+    over the height alone; one matrix per batch with the entries (1/B) * sum of p_l * (log p_l - p_k) for k <= l, mirrored below;
+    rows divided by their L2 norm; the mean squared difference divided by B. Both are one product of matrices and one vector of
+    entropies.
+
+    Term `kd` is plain KD. The authors' is divided by K as well and has weight 10, which is 10 / K here. Their weight of `ics`, 9500,
+    belongs to the released form. That of the paper form, 1, is this project's: on `shapes` the gradient at the student's logits is
+    then 0.5 to 0.8 times that of the released form with 9500.
+
+    `upsample` compares at the labels' size, as the authors do. Differs from the released code: the logits' own size is the default.
+    """
+
+    title = "Inter-class similarity distillation"
+    paper = "Mansourian, Ahmadi, Kasaei: AICSD: Adaptive Inter-Class Similarity Distillation for Semantic Segmentation, 2023"
+    url = "https://arxiv.org/abs/2308.04243"
+
+    @dataclass(frozen=True)
+    class Options:
+        ics_weight: float = weight(1.0, "weight of the inter-class similarity", when=("form", "released", {"default": 9500.0}))
+        kd_weight: float = weight(
+            0.5, "weight of plain KD, 10 / K", shapes=1.25, camvid=0.909, citys=0.526, voc=0.476, ade20k=0.0667,
+            coco_stuff_164k=0.0585, coco_stuff_182=0.0549,
+        )  # fmt: skip
+        form: str = option("paper", "divergences over all positions, or what the authors' code computes", choices=("paper", "released"))
+        upsample: bool = option(False, "compare logits that are upsampled to the labels' size")
+        temperature: float = option(1.0, "softmax temperature of both terms")
+
+    def forward(self, student, teacher, batch):
+        options, terms = self.options, {}
+        teacher_logits, student_logits = resize_like(teacher.logits, student.logits), student.logits
+        if options.upsample:
+            student_logits, teacher_logits = (
+                F.interpolate(x, size=batch.target.shape[-2:], mode="bilinear", align_corners=True) for x in (student_logits, teacher_logits)
+            )
+        if self.active("ics"):
+            similarity = {"paper": divergence_loss, "released": released_loss}[options.form]
+            terms["ics"] = similarity(student_logits / options.temperature, teacher_logits / options.temperature)
+        if self.active("kd"):
+            terms["kd"] = pixel_kl(student_logits, teacher_logits, options.temperature)
+        return terms
+
+
+@full_precision
+def divergence_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the matrices of KL divergences between classes; logits (B, K, h, w)."""
+    return F.mse_loss(divergences(student), divergences(teacher))
+
+
+def divergences(logits: Tensor) -> Tensor:
+    """KL(p_k || p_l) per image, p softmax over positions: (B, K, h, w) -> (B, K, K)."""
+    log_p = logits.flatten(2).log_softmax(-1)  # (B, K, h*w)
+    # adding log N cancels in the difference below, since p sums to 1, but leaves parts of the result's own size to accumulate
+    # over N positions instead of -log N, -13 at full size
+    cross = log_p.exp() @ (log_p + math.log(log_p.shape[-1])).transpose(1, 2)  # sum over n of p_k log(p_l * N)
+    return cross.diagonal(dim1=1, dim2=2)[..., None] - cross
+
+
+@full_precision
+def released_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the released similarity matrices, divided by B; logits (B, K, h, w)."""
+    return (F.mse_loss(released_similarity(student), released_similarity(teacher)) / len(student)).to(student.dtype)
+
+
+def released_similarity(logits: Tensor) -> Tensor:
+    """(B, K, h, w) -> (K, K) float64 with unit rows.
+
+    At 512x512 the entries are near -3000 and differ by a few: their sums are in double precision, which is free at this size and
+    brings the gradient 2 to 5 times nearer to that of float64.
+    """
+    log_p = logits.log_softmax(2)  # over the height
+    p = log_p.exp()
+    entropy = (p * log_p).sum((0, 2, 3), dtype=torch.float64)  # (K,)
+    p = p.flatten(2)
+    gram = (p @ p.transpose(1, 2)).sum(0, dtype=torch.float64)  # (K, K)
+    upper = ((entropy - gram) / len(logits)).triu()
+    return F.normalize(upper + upper.triu(1).T, dim=1)

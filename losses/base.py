@@ -36,7 +36,8 @@ def option(default, help, *, choices=None, when=None, **per_dataset):
 def weight(default, help="", *, when=None, **per_dataset):
     """The weight of one term of the loss, which names the term: field `logits_weight` weighs `terms["logits"]`; a field that is
     called `weight` weighs the term that is called like the method. A weight of 0 switches the term off: it is not computed, and
-    what it alone needs should not be built (`self.active(term)`)."""
+    what it alone needs should not be built (`self.active(term)`). A field called `weight` hides this function from the lines below
+    it in the class: write it after the other weights."""
     return option(float(default), help, when=when, **{name: float(value) for name, value in per_dataset.items()})
 
 
@@ -45,7 +46,8 @@ class Setup:
     """What a method may know when it is built.
 
     `student` and `teacher` map the names of `SegOutput`'s fields to channel counts, `crop` is (H, W) in pixels, `global_batch`
-    counts the images of one micro-batch on all ranks together, `seed` is the run's.
+    counts the images of one micro-batch on all ranks together, `seed` is the run's. `teacher_norms` has weight and bias of the
+    teacher's last BatchNorm in front of p1..p4, by those names; {} where there is none.
     """
 
     student: dict[str, int]
@@ -55,6 +57,7 @@ class Setup:
     global_batch: int
     dataset: str = "shapes"
     seed: int = 0
+    teacher_norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Method(nn.Module):
@@ -65,6 +68,7 @@ class Method(nn.Module):
         needs: the fields of `SegOutput` that `forward` reads of student and teacher. A method whose needs depend on its options
             sets `self.needs` in `__init__`.
         grad_clip: largest L2 norm of the gradient of this method's own parameters, None for no clipping.
+        min_batch: fewest images, of all ranks together, among which the method has something to compare; fewer are refused.
 
     `forward` gets the student's and the teacher's `SegOutput` (the teacher's tensors carry no gradient) and the `Batch` (target
     (B, H, W) uint8 with 255 = ignore, progress of the training in [0, 1]). It returns every active term, each a finite scalar
@@ -77,6 +81,7 @@ class Method(nn.Module):
     url: ClassVar[str] = ""
     needs: tuple[str, ...] = ("logits",)
     grad_clip: float | None = None
+    min_batch: int = 1
 
     @dataclass(frozen=True)
     class Options:
@@ -89,6 +94,8 @@ class Method(nn.Module):
         self.weights = {term: value for term in self.terms() if (value := getattr(options, self._weight_field(term))) != 0}
         if not self.weights:
             raise ValueError(f"every weight of {self.name} is 0; drop it from --method or give one of {', '.join(self.terms())} a weight")
+        if setup.global_batch < self.min_batch:
+            raise ValueError(f"{self.name} compares images with each other: it needs a --batch-size of at least {self.min_batch}, got {setup.global_batch}")
 
     @classmethod
     def terms(cls) -> tuple[str, ...]:
@@ -113,13 +120,18 @@ class Method(nn.Module):
         return None
 
     def uniform(self, batch, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1) of shape (B, *shape) that depend on the run's seed, the step and the image's place in the
-        global batch alone: equal for any number of ranks, after a resume, and whatever else draws random numbers."""
-        device = batch.image.device
-        generator = torch.Generator(device)
-        generator.manual_seed(crc32(f"{self.name}/{self.setup.seed}/{batch.step}".encode()))
-        rows = torch.rand(batch.global_size, *shape, generator=generator, device=device)
-        return rows[batch.offset : batch.offset + len(batch)]
+        """Uniform numbers in [0, 1) of shape (B, *shape), see `random_rows`."""
+        return random_rows(torch.rand, self.name, self.setup.seed, batch, *shape)
+
+
+def random_rows(draw, name: str, seed: int, batch, *shape: int) -> Tensor:
+    """Random numbers (B, *shape) from `draw` (torch.rand or torch.randn) that depend on the name, the run's seed, the step and the
+    image's place in the global batch alone: equal for any number of ranks, after a resume, and whatever else draws numbers."""
+    device = batch.image.device
+    generator = torch.Generator(device)
+    generator.manual_seed(crc32(f"{name}/{seed}/{batch.step}".encode()))
+    rows = draw(batch.global_size, *shape, generator=generator, device=device)
+    return rows[batch.offset : batch.offset + len(batch)]
 
 
 def resolve(method: type[Method], dataset: str, given: dict) -> tuple[object, dict[str, str]]:

@@ -1,0 +1,43 @@
+"""MGD: masked generative distillation."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from losses.afdcd import Projector, mimicking, random_mask
+from losses.base import Method, option, weight
+from losses.functional import resize_like
+
+
+class MGD(Method):
+    """The student's c4, most of its positions zeroed, has to regenerate the teacher's whole c4.
+
+    1/B * sum over (C, h, w) of (P(m * A(S)) - T)^2: A a 1x1 convolution to the teacher's width, m a random mask (one for all
+    channels), P two 3x3 convolutions with a ReLU between them. It is Af-DCD without its contrast and without plain KD.
+
+    The weight is the published one; the sum grows with the crop and the teacher's width. The published segmentation runs add CWD on
+    the logits, temperature 4, weight 3: that is a method of its own, `--method mgd cwd`.
+    """
+
+    title = "Masked generative distillation"
+    paper = "Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation, ECCV 2022"
+    url = "https://arxiv.org/abs/2205.01529"
+    needs = ("c4",)
+
+    @dataclass(frozen=True)
+    class Options:
+        weight: float = weight(2e-5, "weight of the squared error, summed over channels and positions")
+        mask_ratio: float = option(0.75, "share of the positions that are zeroed, in [0, 1)")
+
+    def __init__(self, options, setup):
+        super().__init__(options, setup)
+        if not 0 <= options.mask_ratio < 1:
+            raise ValueError(f"--mgd-mask-ratio {options.mask_ratio}: must be in [0, 1)")
+        student, teacher = setup.student["c4"], setup.teacher["c4"]
+        self.align = nn.Identity() if student == teacher else nn.Conv2d(student, teacher, 1)  # (B, Cs, h, w) -> (B, Ct, h, w)
+        self.projector = Projector(teacher)
+
+    def forward(self, student, teacher, batch):
+        aligned = self.align(student.c4)
+        mask = random_mask(self.uniform(batch, 1, *aligned.shape[-2:]), self.options.mask_ratio)
+        return {self.name: mimicking(self.projector(aligned * mask), resize_like(teacher.c4, student.c4))}

@@ -1,0 +1,48 @@
+"""Learned tokens that turn a map into soft masks: shared maths of maskd and freekd.
+
+M tokens, each a vector of the map's C channels; a mask is the sigmoid of a token's inner product with every position.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.base import IGNORE
+from losses.functional import full_precision
+
+
+@full_precision
+def token_masks(tokens: Tensor, x: Tensor) -> Tensor:
+    """tokens (M, C), x (B, C, h, w) -> masks (B, M, h, w) in (0, 1)."""
+    return torch.einsum("mc,bchw->bmhw", tokens, x).sigmoid()
+
+
+@full_precision
+def masked_mean(error: Tensor, masks: Tensor) -> Tensor:
+    """Mean over images and masks of sum(mask * error) / sum(mask); error (B, h, w), masks (B, M, h, w)."""
+    return (torch.einsum("bmhw,bhw->bm", masks, error) / masks.sum((2, 3)).clamp(min=1e-12)).mean()
+
+
+@full_precision
+def overlap(masks: Tensor) -> Tensor:
+    """Mean Dice coefficient 2 <a, b> / (<a, a> + <b, b>) over the pairs of different masks of an image; (B, M, h, w) -> [0, 1]."""
+    count = masks.shape[1]
+    products = torch.einsum("bmhw,bnhw->bmn", masks, masks)
+    squares = products.diagonal(dim1=1, dim2=2)  # (B, M)
+    dice = 2 * products / (squares[:, :, None] + squares[:, None]).clamp(min=1e-12)
+    others = ~torch.eye(count, dtype=torch.bool, device=masks.device)
+    return (dice * others).sum((1, 2)).mean() / (count * (count - 1))
+
+
+@full_precision
+def label_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (B, K, h, w), mean over labelled pixels of labels (B, h, w); a connected 0 without any."""
+    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum") / (labels != IGNORE).sum().clamp(min=1)
+
+
+def check_token_options(method: str, options) -> None:
+    """Raise ValueError for fewer than two tokens (nothing to tell apart) and for a share of the training outside [0, 1]."""
+    if options.tokens < 2:
+        raise ValueError(f"--{method}-tokens {options.tokens}: must be at least 2")
+    if not 0 <= options.pretrain <= 1:
+        raise ValueError(f"--{method}-pretrain {options.pretrain}: must be in [0, 1]")

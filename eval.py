@@ -8,8 +8,6 @@ The network is built from the checkpoint itself. The figures do not depend on th
 """
 
 import json
-import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -19,9 +17,10 @@ from dataset import EvalSampler, build_dataset, build_loader, get_spec
 from models import count_macs, count_parameters
 from models.weights import model_from_checkpoint
 from utils import distributed
+from utils.distill import is_label_assisted
 from utils.engine import AMP
 from utils.log import logger
-from utils.metrics import Inference, evaluate
+from utils.metrics import Inference, Timed, evaluate
 from utils.options import eval_options, option_table
 from utils.run import command, environment, write_text
 from utils.session import run_script
@@ -50,6 +49,8 @@ def main(options, device) -> None:
     pictures_out = Pictures(output, spec, options)
     timed = Timed(inference, device)
     logger.info("%s\n%s, %s, %d pictures", found, spec.title, split, count)
+    if is_label_assisted(model):
+        logger.warning("a label-assisted teacher: it sees the labels, so the scores say how well it can teach, not how well it predicts")
     scores = evaluate(model, loader, count, spec, device, timed, AMP[options.amp], visit=pictures_out)
     height, width = pictures.read(0)[1].shape
     macs = count_macs(model, height, width)
@@ -64,28 +65,6 @@ def main(options, device) -> None:
         }  # fmt: skip
         write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
     logger.info("%s", output / "report.json")
-
-
-class Timed:
-    """Inference that remembers how long every picture took, from the picture on the device to its labels."""
-
-    def __init__(self, inference: Inference, device: torch.device):
-        self.inference, self.device, self.seconds = inference, device, []
-
-    def __call__(self, model, image):
-        start = self._now()
-        labels = self.inference(model, image)
-        self.seconds.append((self._now() - start) / len(image))
-        return labels
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    @property
-    def median_ms(self) -> float:
-        return 1000 * statistics.median(self.seconds) if self.seconds else float("nan")
 
 
 class Pictures:

@@ -15,6 +15,8 @@ def _methods() -> dict[str, type[Method]]:
     """Every module of this package that defines a Method, by the module's name."""
     found = {}
     for info in sorted(pkgutil.iter_modules(__path__), key=lambda i: i.name):
+        if info.name.startswith("_"):
+            continue
         module = importlib.import_module(f"{__name__}.{info.name}")
         classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__]
         if len(classes) > 1:

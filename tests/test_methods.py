@@ -17,8 +17,8 @@ from tests.paths import REPOSITORY
 from utils.distill import Distiller, Teacher
 
 CLASSES = 5
-CHANNELS = {"logits": CLASSES, "aux": CLASSES, "head": 16, "c4": 16, "c3": 12, "c2": 8, "c1": 8}
-WIDE = {"logits": CLASSES, "aux": CLASSES, "head": 32, "c4": 32, "c3": 24, "c2": 16, "c1": 16}
+CHANNELS = {"logits": CLASSES, "aux": CLASSES, "head": 16, "c4": 16, "c3": 12, "c2": 8, "c1": 8, "p4": 16, "p3": 12, "p2": 8, "p1": 8}
+WIDE = {"logits": CLASSES, "aux": CLASSES, "head": 32, "c4": 32, "c3": 24, "c2": 16, "c1": 16, "p4": 32, "p3": 24, "p2": 16, "p1": 16}
 CASES = {  # batch, student's and teacher's channels, map size
     "plain": (2, CHANNELS, WIDE, (16, 16)),
     "odd size": (2, CHANNELS, WIDE, (13, 17)),
@@ -34,12 +34,12 @@ def make(name, student, teacher, batch, size, **given) -> Method:
 def tensors(channels, batch, size, needs, seed, requires_grad=False):
     """Random outputs of a model; stages 1 and 2 are larger, as in a network of stride 8."""
     generator = torch.Generator().manual_seed(seed)
-    scale = {"c1": 2}
+    scale = {"c1": 2, "p1": 2}
     fields = {}
     for need in needs:
         factor = scale.get(need, 1)
         x = torch.randn(batch, channels[need], size[0] * factor, size[1] * factor, generator=generator)
-        fields[need] = (x if need in ("logits", "aux") else x.relu()).requires_grad_(requires_grad)
+        fields[need] = (x.relu() if need[0] in "hc" else x).requires_grad_(requires_grad)
     return fields
 
 

@@ -3,20 +3,32 @@
 import torch
 from torch import Tensor, nn
 
+from losses.lad import CONSISTENCY_WEIGHT, consistency, teaching_image, training_image
+
 
 class Teacher:
     """A frozen model: evaluation mode, no gradients, and only the outputs in `needs` are computed.
 
-    Not an nn.Module's child of the Distiller: it has no place in DDP, in the optimizer or in checkpoints.
+    A label-assisted teacher (`losses/lad.py`) is fed the labels too. Not a child of the Distiller: a teacher has no place in DDP, in
+    the optimizer or in checkpoints.
     """
 
-    def __init__(self, model: nn.Module, needs):
+    def __init__(self, model: nn.Module, needs, seed: int = 0):
         self.model = model.eval().requires_grad_(False)
-        self.needs = tuple(needs)
+        self.needs, self.seed = tuple(needs), seed
 
     @torch.no_grad()
     def __call__(self, batch):
-        return self.model(batch.image, self.needs)
+        return self.model(model_input(self.model, batch, self.seed), self.needs)
+
+
+def model_input(model: nn.Module, batch, seed: int = 0) -> Tensor:
+    """What a network is fed when it teaches or is evaluated: the pictures, and the coded labels where it has an input for them."""
+    return teaching_image(batch, model.num_classes, seed) if is_label_assisted(model) else batch.image
+
+
+def is_label_assisted(model: nn.Module) -> bool:
+    return model.config["in_channels"] == 4
 
 
 class Distiller(nn.Module):
@@ -64,6 +76,31 @@ class Distiller(nn.Module):
         for name, method in self.methods.items():
             scale |= {f"{name}/{term}": factors[name].get(term, 1.0) * weight for term, weight in method.weights.items()}
         return scale
+
+
+class LabelAssisted(Distiller):
+    """Trains a label-assisted teacher: two passes with independent random codes of the labels, the task loss of both, and their
+    consistency."""
+
+    def __init__(self, student: nn.Module, task: nn.Module, seed: int):
+        super().__init__(student, task, {})
+        self.seed = seed
+
+    @property
+    def term_names(self) -> list[str]:
+        return [*super().term_names, "lad/consistency"]
+
+    def term_factors(self, progress: float) -> dict[str, float]:
+        return {**super().term_factors(progress), "lad/consistency": CONSISTENCY_WEIGHT}
+
+    def forward(self, batch, teacher=None) -> tuple[Tensor, dict[str, Tensor]]:
+        images = [training_image(batch, self.student.num_classes, self.seed, path) for path in (1, 2)]
+        outputs = [self.student(image, self.needs) for image in images]
+        first, second = (self.task(output, batch) for output in outputs)
+        terms = {f"task/{name}": first[name] + second[name] for name in first}
+        terms["lad/consistency"] = consistency(outputs[0].logits, outputs[1].logits)
+        scale = self.term_factors(batch.progress)
+        return sum(scale[name] * value for name, value in terms.items()), {name: value.detach() for name, value in terms.items()}
 
 
 def ordered(names) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Confusion matrix, its scores, and the evaluation of a model on a data set."""
 
+import statistics
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from losses.base import IGNORE
 from utils import distributed
+from utils.distill import model_input
 from utils.log import progress_bar
 
 
@@ -141,6 +144,28 @@ def starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
+class Timed:
+    """Inference that remembers how long every picture took, from the picture on the device to its labels."""
+
+    def __init__(self, inference: Inference, device: torch.device):
+        self.inference, self.device, self.seconds = inference, device, []
+
+    def __call__(self, model, image):
+        start = self._now()
+        labels = self.inference(model, image)
+        self.seconds.append((self._now() - start) / len(image))
+        return labels
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @property
+    def median_ms(self) -> float:
+        return 1000 * statistics.median(self.seconds) if self.seconds else float("nan")
+
+
 class Stopped(Exception):
     """The evaluation was asked to stop."""
 
@@ -178,7 +203,7 @@ def evaluate(model, loader, num_images: int, spec, device, inference=Inference()
                 seen += len(batch)
                 batch = batch.to(device)
                 with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                    prediction = inference(model, batch.image)
+                    prediction = inference(model, model_input(model, batch))
                 matrix += confusion(prediction, batch.target, spec.num_classes)
                 if visit is not None:
                     visit(batch, prediction)

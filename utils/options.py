@@ -212,6 +212,9 @@ def train_options(argv=None, *, distil: bool, description: str) -> Options:
         group = parser.add_argument_group("distillation")
         parser.add(group, "method", None, f"one or more of: {', '.join(METHODS)}", type=str, nargs="+", required=True)
         _add_teacher(parser)
+    else:
+        group = parser.add_argument_group("teacher")
+        parser.add(group, "label-assisted", False, "train a teacher that sees the noised labels as a fourth input channel (losses/lad.py)")
     _add_network(parser, "student-" if distil else "", "student" if distil else "network")
     _add_data(parser)
     _add_training(parser)
@@ -220,7 +223,10 @@ def train_options(argv=None, *, distil: bool, description: str) -> Options:
         for name, method in METHODS.items():
             parser.add_method(name, method)
     given = parser.parse(sys.argv[1:] if argv is None else argv)
-    return fail_in_one_line(parser, lambda: _resolve(parser, given))
+    options = fail_in_one_line(parser, lambda: _resolve(parser, given))
+    if distil:
+        options.label_assisted = False
+    return options
 
 
 def eval_options(argv=None, *, description: str) -> Options:

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from dataset import EndlessSampler, EvalSampler, build_dataset, build_loader
-from losses import Setup, build_methods
+from losses import Setup, build_methods, lad
 from losses.task import TaskLoss
 from models import ALIASES, build_model, count_macs, count_parameters
 from models.weights import load_backbone, load_into, model_from_checkpoint
 from utils import checkpoint, distributed, log
-from utils.distill import Distiller, Teacher
+from utils.distill import Distiller, LabelAssisted, Teacher
 from utils.engine import AMP, NonFiniteError, Training, fit
 from utils.log import logger
 from utils.metrics import Inference, evaluate
@@ -61,10 +61,11 @@ def train(options: Options, device: torch.device) -> None:
     setup = Setup(
         student=student.channels, teacher=teacher_model.channels if teacher_model else {}, num_classes=student.num_classes,
         crop=options.crop_size, global_batch=options.batch_size, dataset=options.dataset, seed=options.seed,
+        teacher_norms=teacher_model.norms if teacher_model else {},
     )  # fmt: skip
     methods = build_methods(options.methods, setup)
     task = TaskLoss(options.aux_weight if "aux" in student.channels else 0.0)
-    distiller = Distiller(student, task, methods)
+    distiller = LabelAssisted(student, task, options.seed) if options.label_assisted else Distiller(student, task, methods)
     if options.dry_run:
         logger.info("%s\n%s", option_table(options), describe(distiller, teacher_model, options))
         return
@@ -84,7 +85,7 @@ def train(options: Options, device: torch.device) -> None:
 
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     distiller.to(device=device, memory_format=layout)
-    teacher = Teacher(teacher_model.to(device=device, memory_format=layout), distiller.teacher_needs) if methods else None
+    teacher = Teacher(teacher_model.to(device=device, memory_format=layout), distiller.teacher_needs, options.seed) if methods else None
     training = Training(distiller, build_optimizers(distiller, options), options, device)
     if resumed:
         training.restore(resumed)
@@ -106,8 +107,12 @@ def build_student(options: Options):
     student = build_model(
         options.student_model, options.student_backbone, options.spec.num_classes, head_width=options.student_head_width,
         aux=False if not options.aux_weight else aux, normalization=options.student_normalization,
-        head_after_dropout=options.student_head_after_dropout,
+        head_after_dropout=options.student_head_after_dropout, in_channels=4 if options.label_assisted else 3,
     )  # fmt: skip
+    if options.label_assisted:
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = lad.DROPOUT
     if options.student_pretrained_base != "none" and not options.dry_run:
         logger.info("backbone: %s", load_backbone(student, options.student_pretrained_base))
     if options.student_pretrained and not options.dry_run:

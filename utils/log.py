@@ -21,12 +21,13 @@ class _Console(logging.Handler):
 
 
 def setup(folder: Path | None = None) -> logging.Logger:
-    """Log to the console, and to `folder`/log.txt when given; ranks other than 0 log warnings alone, to the console."""
+    """Log to the console, and with more detail to `folder`/log.txt when given; ranks other than 0 log warnings alone, to the console."""
     logger.handlers.clear()
     logger.propagate = False
     main = distributed.is_main()
-    logger.setLevel(logging.INFO if main else logging.WARNING)
+    logger.setLevel(logging.DEBUG)
     console = _Console()
+    console.setLevel(logging.INFO if main else logging.WARNING)
     prefix = "" if main else f"[rank {distributed.rank()}] "
     console.setFormatter(logging.Formatter(prefix + "%(message)s"))
     logger.addHandler(console)

@@ -81,7 +81,8 @@ def train(options: Options, device: torch.device) -> None:
     reported = selection if options.spec.report_split == options.spec.select_split else Split(options, options.spec.report_split, device)
     pictures = build_dataset(options.spec, options.data, "train", augment=options.spec.augment(options.crop_size), seed=options.seed)
     resumed = run.start(student.config, teacher_id)
-    logger.info("%s\n%s", option_table(options), describe(distiller, teacher_model, options))
+    logger.debug("%s", option_table(options))
+    logger.info("%s", describe(distiller, teacher_model, options))
 
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     distiller.to(device=device, memory_format=layout)

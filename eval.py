@@ -71,21 +71,26 @@ class Pictures:
     """Writes predictions and overlays as the evaluation goes."""
 
     def __init__(self, folder: Path, spec, options):
-        self.palette, self.left = spec.palette(), options.save_overlays
+        # pictures go round the ranks: this rank's share of the first `save_overlays`
+        self.palette, self.left = spec.palette(), len(EvalSampler(options.save_overlays, distributed.rank(), distributed.world()))
         self.predictions = folder / "predictions" if options.save_predictions else None
         self.overlays = folder / "overlays" if options.save_overlays else None
-        for path in filter(None, (self.predictions, self.overlays)):
-            path.mkdir(exist_ok=True)
 
     def __call__(self, batch, prediction) -> None:
         for name, image, labels in zip(batch.names, batch.image, prediction, strict=True):
             labels = labels.cpu().numpy().astype("uint8")
             if self.predictions:
-                save_palette(self.predictions / f"{Path(name).stem}.png", labels, self.palette)
+                save_palette(self.path(self.predictions, name, ".png"), labels, self.palette)
             if self.overlays and self.left > 0:
                 mixed = overlay(image.permute(1, 2, 0).cpu().numpy(), labels, self.palette)
-                Image.fromarray(mixed).save(self.overlays / f"{Path(name).stem}.jpg", quality=92)
+                Image.fromarray(mixed).save(self.path(self.overlays, name, ".jpg"), quality=92)
                 self.left -= 1
+
+    def path(self, folder: Path, name: str, ending: str) -> Path:
+        """A picture's name is its path below its split without an ending: folders and dots in it tell pictures apart."""
+        path = folder / (name + ending)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""The DataLoader of the project: workers that survive a graceful stop and never touch the global random state."""
+"""The DataLoader of the project: its workers survive a graceful stop, and it never touches the global random state."""
 
 import atexit
+import functools
+import os
 import signal
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -17,14 +20,23 @@ from dataset.segmentation import SegDataset
 
 def _start_worker(worker: int) -> None:
     # torchrun and Ctrl-C signal the whole process group; the main process decides when to stop, and needs its workers to get there.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere SIGTERM keeps its meaning
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
 
+def _obey_parent() -> None:
+    """End this worker on the main process's own SIGTERM, its last resort, without which it would wait for the worker for ever."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 def _stop_workers(iterator: weakref.ref) -> None:
-    if iterator() is not None:
+    if hasattr(iterator(), "_shutdown_workers"):  # neither collected already nor without workers
         iterator()._shutdown_workers()
 
 
@@ -49,18 +61,20 @@ def _collate(samples: list[Sample | DataError]) -> Batch | DataError:
 
 
 class _Loader(DataLoader):
-    """A DataLoader that raises a worker's DataError as it is, and whose workers stop at interpreter exit though they ignore SIGTERM.
+    """A DataLoader that raises a worker's DataError as it is, and whose workers end at once when the program does.
 
-    An uncaught exception keeps its frames, and with them a live iterator, until exit; there multiprocessing sends SIGTERM and
-    joins, which would wait for ever. Exit hooks run last in, first out, so one per iterator comes before theirs.
+    An uncaught exception keeps its frames, and with them a live iterator, until the interpreter exits; there PyTorch waits
+    5 seconds for each worker before it sends SIGTERM. Exit hooks run last in, first out, so one per iterator comes before that.
     """
 
     def __iter__(self) -> Iterator[Batch]:
         iterator = super().__iter__()
+        stop = functools.partial(_stop_workers, weakref.ref(iterator))
         if self.num_workers:
-            atexit.register(_stop_workers, weakref.ref(iterator))
+            atexit.register(stop)
         for batch in iterator:
             if isinstance(batch, DataError):
+                stop()
                 raise batch
             yield batch
 

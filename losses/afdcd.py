@@ -39,14 +39,16 @@ class AfDCD(Method):
             2e-6, "weight of the masked feature mimicking",
             citys=2e-6, voc=1e-6, camvid=8e-6, ade20k=1e-6, coco_stuff_164k=5e-6, coco_stuff_182=5e-6,
             when=("normalise", "mean", {
-                "default": 8.4, "citys": 33.6, "voc": 8.4, "camvid": 33.2, "ade20k": 8.4, "coco_stuff_164k": 41.9, "coco_stuff_182": 41.9,
+                "default": 8.4, "shapes": 1.0, "camvid": 33.2, "citys": 33.6, "voc": 8.4, "ade20k": 8.4,
+                "coco_stuff_164k": 41.9, "coco_stuff_182": 41.9,
             }),
         )  # fmt: skip
         contrast_weight: float = weight(
             5e-3, "weight of the contrast",
             citys=5e-3, voc=5e-3, camvid=1e-2, ade20k=4e-2, coco_stuff_164k=5e-3, coco_stuff_182=5e-3,
             when=("normalise", "mean", {
-                "default": 0.08, "citys": 0.08, "voc": 0.08, "camvid": 0.16, "ade20k": 0.64, "coco_stuff_164k": 0.08, "coco_stuff_182": 0.08,
+                "default": 0.08, "shapes": 0.01, "camvid": 0.16, "citys": 0.08, "voc": 0.08, "ade20k": 0.64,
+                "coco_stuff_164k": 0.08, "coco_stuff_182": 0.08,
             }),
         )  # fmt: skip
         normalise: str = option(

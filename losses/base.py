@@ -95,7 +95,7 @@ class Method(nn.Module):
         if not self.weights:
             raise ValueError(f"every weight of {self.name} is 0; drop it from --method or give one of {', '.join(self.terms())} a weight")
         if setup.global_batch < self.min_batch:
-            raise ValueError(f"{self.name} compares images with each other: it needs a --batch-size of at least {self.min_batch}, got {setup.global_batch}")
+            raise ValueError(f"{self.name} compares images: --batch-size {setup.global_batch} is too small, it needs at least {self.min_batch}")
 
     @classmethod
     def terms(cls) -> tuple[str, ...]:

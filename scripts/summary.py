@@ -1,9 +1,10 @@
-"""Compare finished runs: a table, and a sheet of pictures with every run's predictions.
+"""Compare finished runs: tables of scores, cost and classes, and a sheet of pictures with every run's predictions.
 
     python -m scripts.summary teacher=runs/teacher student=runs/student "student + KD=runs/kd" --output runs
 
-Writes summary.md, summary.png to --output and prints the table. The mIoU comes from each run's report.json (the split that the data
-set reports, best checkpoint on the selection split); parameters, GMACs and the time per picture are taken here, one picture at a time.
+Writes summary.md, summary.png to --output and prints the tables. The scores come from each run's report.json: of the best checkpoint on
+the selection split and of the last one, on the split that the data set reports. Parameters, GMACs and the time per picture are taken
+here, one picture at a time.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from utils.visualize import overlay, sheet
 
 
 def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.device) -> tuple[str, object]:
-    """(table in Markdown, sheet as a PIL image) of the runs {title: folder}.
+    """(tables in Markdown, sheet as a PIL image) of the runs {title: folder}.
 
     Raises:
         ValueError: a run is not finished, or the runs are of different data sets.
@@ -42,7 +43,9 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
     samples = [pictures[int(index)] for index in chosen]
     palette = spec.palette()
     columns = {"input": [s.image for s in samples], "label": [overlay(s.image, s.target, palette) for s in samples]}
-    lines = [f"| run | mIoU {split} | last | parameters | GMAC | ms per picture |", "|---|---|---|---|---|---|"]
+    selected = next(iter(reports.values()))["selected_on"]
+    lines = [f"| run | mIoU {selected} | mIoU {split} | last, {split} | parameters | GMAC | ms per picture | minutes of training |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for title, folder in runs.items():
         model, _ = model_from_checkpoint(folder / "student_best.pth")
         model = model.eval().to(device=device, memory_format=torch.channels_last)
@@ -55,7 +58,14 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
         columns[title] = [overlay(s.image, p, palette) for s, p in zip(samples, predictions[1:], strict=True)]
         height, width = samples[0].target.shape
         cost = f"{count_parameters(model) / 1e6:.2f} M | {count_macs(model, height, width) / 1e9:.2f} | {timed.median_ms:.1f}"
-        lines.append(f"| {title} | {reports[title]['best']['miou']:.2f} | {reports[title]['last']['miou']:.2f} | {cost} |")
+        report = reports[title]
+        scores = f"{report['selection_miou']:.2f} | {report['best']['miou']:.2f} | {report['last']['miou']:.2f}"
+        lines.append(f"| {title} | {scores} | {cost} | {report['seconds'] / 60:.1f} |")
+    lines += ["", f"IoU per class on {split}, of the best on {selected}:", ""]
+    lines += [f"| class | {' | '.join(reports)} |", "|---" * (1 + len(reports)) + "|"]
+    for number, name in enumerate(spec.classes):
+        row = [f"{report['best']['iou'][number]:.2f}" for report in reports.values()]
+        lines.append(f"| {name} | {' | '.join(row)} |")
     return "\n".join(lines), sheet(columns, spec.classes, spec.colours)
 
 

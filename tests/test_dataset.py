@@ -129,7 +129,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
     found = read_image(path)
     assert found.shape == (6, 8, 3) and found.dtype == np.uint8 and found.flags.c_contiguous and found.flags.writeable
     if mode in ("RGB", "RGBA", "CMYK", "P"):
-        assert np.abs(found.astype(int) - (200, 60, 10)).max() < (40 if mode == "P" else 6)
+        assert np.abs(found.astype(int) - (200, 60, 10)).max() < (52 if mode == "P" else 6)  # the web palette has steps of 51
     if mode in ("L", "LA"):
         assert (found == np.asarray(original.convert("L"))[0, 0]).all()
 
@@ -259,11 +259,13 @@ def layouts():
     coco = "000000025394"
     return {
         "camvid": ("val/a.jpg", "valannot/a.png", [0, 10, 11], [0, 10, IGNORE], {}),
-        "citys": (f"leftImg8bit/val/{city}_leftImg8bit.png", f"gtFine/val/{city}_gtFine_labelIds.png", [0, 7, 8, 33, 29], [IGNORE, 0, 1, 18, IGNORE],
-                  {f"gtFine/val/{city}_gtFine_color.png": b"", f"gtFine/val/{city}_gtFine_instanceIds.png": b"", f"gtFine/val/{city}_gtFine_polygons.json": b""}),
+        "citys": (f"leftImg8bit/val/{city}_leftImg8bit.png", f"gtFine/val/{city}_gtFine_labelIds.png",
+                  [0, 7, 8, 33, 29], [IGNORE, 0, 1, 18, IGNORE],
+                  {f"gtFine/val/{city}_gtFine_{other}": b"" for other in ("color.png", "instanceIds.png", "polygons.json")}),
         "voc": ("JPEGImages/2007_000033.jpg", "SegmentationClass/2007_000033.png", [0, 20, 255], [0, 20, IGNORE],
                 {"ImageSets/Segmentation/val.txt": b"2007_000033\n\n"}),
-        "ade20k": ("images/validation/ADE_val_00000053.jpg", "annotations/validation/ADE_val_00000053.png", [0, 1, 150], [IGNORE, 0, 149], {}),
+        "ade20k": ("images/validation/ADE_val_00000053.jpg", "annotations/validation/ADE_val_00000053.png",
+                   [0, 1, 150], [IGNORE, 0, 149], {}),
         "coco_stuff_164k": (f"images/val2017/{coco}.jpg", f"annotations/val2017/{coco}.png", [0, 12, 181, 255], [0, 11, 170, IGNORE], {}),
         "coco_stuff_182": (f"images/val2017/{coco}.jpg", f"annotations/val2017/{coco}.png", [0, 11, 181, 255], [0, 11, 181, IGNORE], {}),
     }
@@ -442,7 +444,7 @@ def test_evaluation_batches_hold_one_picture_each():
     data = build_dataset("shapes", None, "val")
     for workers in (0, 2):
         batches = list(build_loader(data, EvalSampler(len(data), 1, 40), workers=workers))
-        assert [batch.names for batch in batches] == [["val_0001"], ["val_0041"], ["val_0081"]]
+        assert [batch.names for batch in batches] == [[f"val_{index:04d}"] for index in range(1, len(data), 40)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -473,18 +475,28 @@ def test_workers_outlive_sigterm_and_sigint_and_end_with_the_loader():
     iterator = iter(build_loader(data, EndlessSampler(len(data), 4), workers=2))
     next(iterator)
     workers = set(workers_of(os.getpid())) - before
-    for worker in workers:
-        if b"from_parent" not in (command := Path(f"/proc/{worker}/cmdline").read_bytes()) and b"resource_tracker" not in command:
-            os.kill(worker, signal.SIGTERM)
-            os.kill(worker, signal.SIGINT)
+    # From another process, as torchrun and a terminal do: SIGTERM of the main process itself is obeyed.
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", *map(str, workers)], check=True)
     assert len(list(islice(iterator, 30))) == 30
     del iterator
     assert not set(workers_of(os.getpid())) & workers
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_the_main_process_can_end_its_workers():
+    data = training_data()
+    before = set(workers_of(os.getpid()))
+    iterator = iter(build_loader(data, EndlessSampler(len(data), 4), workers=1))
+    next(iterator)
+    (worker,) = set(workers_of(os.getpid())) - before
+    os.kill(worker, signal.SIGTERM)
+    assert os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT).si_status == 0
+
+
 @pytest.mark.parametrize("ending", ["pass", "raise RuntimeError('planned')"])
 def test_a_program_with_a_live_loader_ends(ending):
-    # Workers that ignore SIGTERM would keep the interpreter waiting for ever when an error leaves the loader alive.
+    # Workers that ignored every SIGTERM would keep the interpreter waiting for ever when an error leaves the loader alive.
     program = ("from dataset import *\n"
                "data = build_dataset('shapes', None, 'train', augment=Augment((32, 32)))\n"
                f"batches = iter(build_loader(data, EndlessSampler(512, 4), workers=2))\nnext(batches)\n{ending}\n")
@@ -513,9 +525,10 @@ def test_every_split_shows_every_class(split):
     assert shares[:8].sum() + shares[IGNORE] == pytest.approx(1)
 
 
-def test_colour_does_not_tell_the_classes():
-    # The mean colours of the classes over many objects are alike: what is left to learn from is outline and texture.
+def test_the_classes_of_a_pair_share_their_colour():
+    # Disc and ring, square and checker, triangle and star: colour gives the pair away, only outline and texture the class.
     images, labels = zip(*(draw_scene("train", index) for index in range(200)), strict=True)
     image, label = np.concatenate(images), np.concatenate(labels)
-    means = np.array([image[label == k].mean(0) for k in range(1, 8)])
-    assert np.abs(means - 128).max() < 25
+    means = np.array([image[label == k].mean(0) for k in range(1, 7)])
+    assert np.abs(means[::2] - means[1::2]).max() < 10
+    assert np.abs(means[0] - means[2]).max() > 50

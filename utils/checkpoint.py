@@ -32,7 +32,7 @@ def save(path: Path, content: dict, keep_previous: bool = False) -> None:
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     data = buffer.getbuffer()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, link = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "link.tmp"))
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -40,14 +40,14 @@ def save(path: Path, content: dict, keep_previous: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
-            link = path.with_name(f".{path.name}.{os.getpid()}.link.tmp")
             link.unlink(missing_ok=True)
             os.link(path, link)  # `path` itself never goes away, not even for a moment
             os.replace(link, previous(path))
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        for leftover in (temporary, link):
+            leftover.unlink(missing_ok=True)
         kept = "; the previous checkpoint is intact" if path.exists() else ""
         raise CheckpointError(f"cannot write {path}: {error.strerror}{kept}; free space or choose another --save-dir") from error
 

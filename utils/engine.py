@@ -66,7 +66,7 @@ class Training:
 
     def restore(self, state: dict) -> None:
         self.step, self.validated, self.best, self.metrics = (state[key] for key in ("step", "validated", "best", "metrics"))
-        self.budget.seconds = state["seconds"]
+        self.budget.seconds = self.budget.logged = state["seconds"]
         self.scaler.load_state_dict(state["scaler"])
         self.distiller.student.load_state_dict(state["student"])
         self.distiller.methods.load_state_dict(state["methods"])

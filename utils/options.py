@@ -286,14 +286,17 @@ def _resolve(parser: _Parser, given: dict) -> Options:
             value, source = default, "default"
         smallest = parser.minimum[name]
         for number in value if isinstance(value, (list, tuple)) else [value]:
-            if smallest is not None and number is not None and number < smallest:
-                raise ValueError(f"--{name.replace('_', '-')} {number}: must be at least {smallest:g}")
+            if smallest is not None and number is not None and not smallest <= number < float("inf"):  # nan compares false
+                raise ValueError(f"--{name.replace('_', '-')} {number}: must be at least {smallest:g}" + " and finite" * (number >= smallest))
         setattr(options, name, value)
         options.sources[name] = source
     options.dataset = spec.name
     for name in ("crop_size", "window", "stride"):
         if getattr(options, name, None) is not None:
             setattr(options, name, pair(name, getattr(options, name)))
+    if getattr(options, "stride", None) and any(step > side for step, side in zip(options.stride, options.window, strict=True)):
+        given, window = (" ".join(map(str, sides)) for sides in (options.stride, options.window))
+        raise ValueError(f"--stride {given}: must be at most the window, {window}, or pixels are left out")
     if "method" in parser.defaults:
         _resolve_methods(options, given)
     if "max_minutes" in parser.defaults:

@@ -167,16 +167,18 @@ def report(training: Training, run: Run, selection: Split, reported: Split) -> N
     The best was chosen on the selection split; where that is the reported one (Cityscapes, VOC), the table says so.
     """
     spec, rows = training.options.spec, {}
-    rows["last"] = reported.evaluate(training.student)
+    rows["last"] = rows["best"] = reported.evaluate(training.student)
     best = checkpoint.load(run.folder / "student_best.pth")
-    training.student.load_state_dict(best["student"])
-    rows["best"] = reported.evaluate(training.student)
+    if best["step"] != training.step:
+        training.student.load_state_dict(best["student"])
+        rows["best"] = reported.evaluate(training.student)
     chosen = f"best on {selection.name}" + (", which is the reported split itself" if reported is selection else "")
     last, best_miou = rows["last"].miou, rows["best"].miou
     text = f"{reported.name}: last (step {training.step}): mIoU {last:.2f}; {chosen} (step {best['step']}): mIoU {best_miou:.2f}"
     logger.info("%s\n%s", text, rows["best"].table(spec.classes))
     content = {
-        "split": reported.name, "selected_on": selection.name, "classes": list(spec.classes), "seconds": training.budget.seconds,
+        "split": reported.name, "selected_on": selection.name, "selection_miou": training.best,
+        "classes": list(spec.classes), "seconds": training.budget.seconds,
         "steps": {"last": training.step, "best": best["step"]}, **{name: vars(scores) for name, scores in rows.items()},
     }  # fmt: skip
     if distributed.is_main():

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Af-DCD on Cityscapes: DeepLabV3-R101 -> DeepLabV3-MBV2, 512x512 crops, batch 16, 40k iterations.
 #
-# The paper's experiments in its second code base (mmsegmentation) use 512x512 crops on Cityscapes; no figure of theirs is at hand to
-# compare with. The weights are those of the 512x1024 scripts: `fd` is a sum over the crop, so FD_WEIGHT=4e-6 keeps its strength.
+# The paper's experiments in its second code base (mmsegmentation) use 512x512 crops on Cityscapes; there is no published
+# figure at hand. The weights are those of the 512x1024 scripts: `fd` is a sum over the crop, so FD_WEIGHT=4e-6 keeps its strength.
 # Not run by this project: the data and the ImageNet weights are not at hand.
 #
 #   DATA=/data/citys TEACHER=deeplabv3_resnet101_citys_best_model.pth BACKBONE_WEIGHTS=mobilenetv2-imagenet.pth \

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# CIRKD on CamVid: DeepLabV3-R101 -> PSPNet-R18, 360x360 crops, batch 16, 40k iterations, lr 0.02, weight decay 1e-4.
+#
+# Published: mIoU 68.65 on test (PSPNet-R18 alone 66.73, teacher 69.84).
+# Source: README of winycg/CIRKD at 2d8ad0f (2024-06-22); settings from its training scripts and defaults.
+# Not run by this project: the data and the ImageNet weights are not at hand.
+# Paper and release differ: the released memory keeps the first positions of an image as the pixels of a class; --no-cirkd-released-queue
+# keeps pixels of the class.
+# The released code takes the features after dropout: --no-student-head-after-dropout takes them before it.
+# Its README says val, its evaluation scores the 233 test pictures; here the best on val is chosen and test is reported once.
+#
+#   DATA=/data/camvid TEACHER=deeplabv3_resnet101_camvid_best_model.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
+#       GPUS=8 bash scripts/reproduce/cirkd_camvid_pspnet_resnet18.sh
+
+METHOD=cirkd
+DATASET=camvid
+TEACHER_MODEL=deeplabv3
+TEACHER_BACKBONE=resnet101
+STUDENT_MODEL=pspnet
+STUDENT_BACKBONE=resnet18
+BACKBONE_WEIGHTS=${BACKBONE_WEIGHTS:-resnet18-imagenet.pth}
+CROP=${CROP:-360}
+BATCH=${BATCH:-16}
+ITERATIONS=${ITERATIONS:-40000}
+LR=0.02
+WEIGHT_DECAY=1e-4
+METHOD_FLAGS=(--cirkd-kd-weight 1 --cirkd-minibatch-pixel-weight 1 --cirkd-memory-pixel-weight "${MEMORY_WEIGHT:-0.1}"
+              --cirkd-memory-region-weight "${MEMORY_WEIGHT:-0.1}" --cirkd-pixel-queue 20000 --cirkd-region-queue 2000
+              --cirkd-released-queue --student-head-after-dropout)
+
+source "$(dirname "${BASH_SOURCE[0]}")/distil.sh"

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# CIRKD on Pascal VOC (augmented): DeepLabV3-R101 -> PSPNet-R18, 512x512 crops, batch 16, 40k iterations, lr 0.02, weight decay 1e-4.
+#
+# Published: mIoU 74.78 on val (PSPNet-R18 alone 73.33, teacher 77.67).
+# Source: README of winycg/CIRKD at 2d8ad0f (2024-06-22); settings from its training scripts and defaults.
+# Not run by this project: the data and the ImageNet weights are not at hand.
+# Paper and release differ: the released memory keeps the first positions of an image as the pixels of a class; --no-cirkd-released-queue
+# keeps pixels of the class.
+# The released code takes the features after dropout: --no-student-head-after-dropout takes them before it.
+# The memory weighs 0.01 on VOC, as its author advises in issue 8 of the repository.
+#
+#   DATA=/data/voc TEACHER=deeplabv3_resnet101_voc_best_model.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
+#       GPUS=8 bash scripts/reproduce/cirkd_voc_pspnet_resnet18.sh
+
+METHOD=cirkd
+DATASET=voc
+TEACHER_MODEL=deeplabv3
+TEACHER_BACKBONE=resnet101
+STUDENT_MODEL=pspnet
+STUDENT_BACKBONE=resnet18
+BACKBONE_WEIGHTS=${BACKBONE_WEIGHTS:-resnet18-imagenet.pth}
+CROP=${CROP:-512}
+BATCH=${BATCH:-16}
+ITERATIONS=${ITERATIONS:-40000}
+LR=0.02
+WEIGHT_DECAY=1e-4
+METHOD_FLAGS=(--cirkd-kd-weight 1 --cirkd-minibatch-pixel-weight 1 --cirkd-memory-pixel-weight "${MEMORY_WEIGHT:-0.01}"
+              --cirkd-memory-region-weight "${MEMORY_WEIGHT:-0.01}" --cirkd-pixel-queue 20000 --cirkd-region-queue 2000
+              --cirkd-released-queue --student-head-after-dropout)
+
+source "$(dirname "${BASH_SOURCE[0]}")/distil.sh"

@@ -75,3 +75,78 @@ def spatial_attention(feature: Tensor, size: Tensor) -> Tensor:
     """Where features are large: mean over channels of feature^2 at the spatial size of the map `size`, as a unit vector over its
     positions: (B, C, h, w) -> (B, h'*w')."""
     return F.normalize(resize_like(feature.square().mean(1, keepdim=True), size).flatten(1), dim=1)
+
+
+@full_precision
+def unit(x: Tensor, dim: int) -> Tensor:
+    """x / ||x||_2 along `dim`; 0, and no gradient, where the norm is below 1e-12. (Dividing by max(norm, 1e-12), as usual, sends 1e12
+    times the incoming gradient to positions where a ReLU left no channel.)"""
+    norm = x.norm(dim=dim, keepdim=True)
+    return x / norm.masked_fill(norm < 1e-12, torch.inf)
+
+
+@full_precision
+def similarity_kl(
+    student: Tensor,
+    student_keys: Tensor,
+    teacher: Tensor,
+    teacher_keys: Tensor,
+    temperature: float = 0.1,
+    weights: Tensor | None = None,
+    block: int | None = None,
+) -> Tensor:
+    """KL between teacher and student in what each row finds similar: softmax over the M keys of row . key / temperature.
+
+    Sum over rows of weights[row] * KL(teacher || student), averaged over G sets of keys, each with a softmax of its own. Exact,
+    but the R x M similarities are never there whole: a block of rows at a time, and its gradient in the same pass, so that what
+    is kept is as large as the inputs.
+
+    Args:
+        student, teacher: rows (R, C), student_keys, teacher_keys: (G, M, C); the student's C may differ from the teacher's.
+        weights: (R,), default 1 / R each.
+        block: similarities of one block, at least one row.
+    """
+    if weights is None:
+        weights = student.new_full((len(student),), 1 / len(student))
+    if block is None:  # a GPU wants large products, a CPU small memory: three blocks are alive at once, 16 MiB each
+        block = 1 << (24 if student.is_cuda else 22)
+    return _SimilarityKL.apply(student, student_keys, teacher, teacher_keys, temperature, weights.to(student.dtype), block)
+
+
+class _SimilarityKL(torch.autograd.Function):
+    """The gradient of a row's KL with respect to its similarities is softmax(student) - softmax(teacher): both are at hand in the
+    forward pass, so the backward pass only scales what was summed there."""
+
+    @staticmethod
+    def forward(ctx, student, student_keys, teacher, teacher_keys, temperature, weights, block):
+        with_rows, with_keys = ctx.needs_input_grad[:2]
+        row_gradient = torch.zeros_like(student) if with_rows else None
+        key_gradient = torch.zeros_like(student_keys) if with_keys else None
+        scaled, teacher = student / temperature, teacher / temperature
+        weights = weights / len(student_keys)
+        step = max(1, block // student_keys.shape[1])
+        total = student.new_zeros(())
+        for group in range(len(student_keys)):
+            keys = student_keys[group]
+            for start in range(0, len(student), step):
+                rows = slice(start, start + step)
+                log_student = (scaled[rows] @ keys.T).log_softmax(1)  # (step, M)
+                difference = (teacher[rows] @ teacher_keys[group].T).log_softmax(1)
+                probability = difference.exp()
+                difference -= log_student
+                total += weights[rows] @ difference.mul_(probability).sum(1)
+                if with_rows or with_keys:
+                    gradient = log_student.exp_().sub_(probability)
+                    if with_rows:
+                        row_gradient[rows] += gradient @ keys
+                    if with_keys:
+                        key_gradient[group] += gradient.T @ (scaled[rows] * weights[rows, None])
+        if with_rows:
+            row_gradient *= weights[:, None] / temperature
+        ctx.save_for_backward(row_gradient, key_gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return *(None if saved is None else saved * gradient for saved in ctx.saved_tensors), None, None, None, None, None

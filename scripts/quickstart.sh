@@ -13,7 +13,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment requirements.txt
 cd "$ROOT"
 common=(--dataset shapes --batch-size 8 --optimizer adamw --lr 0.002 --val-interval 100 --workers 0 --amp bf16 --log-interval 50 --resume)
-student=("${common[@]}" --student-backbone mobilenetv2 --teacher-checkpoint "$OUTPUT/teacher/student_best.pth" --max-iterations "$STUDENT_STEPS")
+student=("${common[@]}" --student-backbone mobilenetv2 --max-iterations "$STUDENT_STEPS"
+         --teacher-checkpoint "$OUTPUT/teacher/student_best.pth")
 
 echo "== 1/4 teacher: DeepLabV3-ResNet18, $TEACHER_STEPS steps"
 "$PYTHON" train_baseline.py "${common[@]}" --backbone resnet18 --max-iterations "$TEACHER_STEPS" --save-dir "$OUTPUT/teacher"
@@ -24,5 +25,5 @@ echo "== 3/4 student with plain KD"
 echo "== 4/4 student with Af-DCD"
 "$PYTHON" train_kd.py --method afdcd "${student[@]}" --save-dir "$OUTPUT/afdcd"
 echo
-"$PYTHON" -m scripts.summary teacher="$OUTPUT/teacher" student="$OUTPUT/student" "student + KD=$OUTPUT/kd" "student + Af-DCD=$OUTPUT/afdcd" \
-    --output "$OUTPUT"
+"$PYTHON" -m scripts.summary teacher="$OUTPUT/teacher" student="$OUTPUT/student" \
+    "student + KD=$OUTPUT/kd" "student + Af-DCD=$OUTPUT/afdcd" --output "$OUTPUT"

@@ -61,6 +61,10 @@ def test_terms_and_gradients(name, case):
     """Named terms are the active weights, finite scalars; something of the student gets a gradient, and every parameter of the
     method (DDP raises on parameters without one). Only declared outputs are given, so reading another one fails."""
     batch, student_channels, teacher_channels, size = CASES[case]
+    if batch < METHODS[name].min_batch:
+        with pytest.raises(ValueError, match="is too small, it needs at least"):
+            make(name, student_channels, teacher_channels, batch, size)
+        return
     method = make(name, student_channels, teacher_channels, batch, size)
     assert set(method.needs) <= set(FIELDS)
     student = tensors(student_channels, batch, size, method.needs, 1, requires_grad=True)
@@ -212,7 +216,8 @@ def test_copying_a_file_makes_a_method(tmp_path):
     student = ["--student-model", "pspnet", "--student-backbone", "mobilenetv2"]
     result = call("train_kd.py", *flags, *student, *common, "--log-interval", "2")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "1 my_loss/my_loss" in result.stdout and "my_loss.warmth" in result.stdout
+    assert "1 my_loss/my_loss" in result.stdout
+    assert "my_loss.warmth              2                        command line" in (tmp_path / "run" / "log.txt").read_text()
     assert "my_loss/my_loss" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
     assert "--my-loss-warmth" in call("train_kd.py", "--help").stdout
     again = call("train_kd.py", *flags, *student, *common, "--resume")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Af-DCD on COCO-Stuff-164K with the 182-way head of the CIRKD line: DeepLabV3-R101 -> DeepLabV3-R18, 512x512 crops, batch 16, 80k iterations.
+# Af-DCD on COCO-Stuff-164K with the 182-way head: DeepLabV3-R101 -> DeepLabV3-R18, 512x512 crops, batch 16, 80k iterations.
 #
 # Published: mIoU 34.02 on val (DeepLabV3-R18 alone 32.60, teacher 38.71).
 # Source: README of the authors' release (OSVAI/Af-DCD at 5b086a7); settings from its training scripts.

@@ -6,9 +6,9 @@ from zlib import crc32
 
 import torch
 
-from losses.base import IGNORE, Method, Setup, option, resolve, weight
+from losses.base import IGNORE, Method, Setup, option, resolve, term_weight
 
-__all__ = ["IGNORE", "METHODS", "Method", "Setup", "build_methods", "option", "resolve", "weight"]
+__all__ = ["IGNORE", "METHODS", "Method", "Setup", "build_methods", "option", "resolve", "term_weight"]
 
 
 def _methods() -> dict[str, type[Method]]:

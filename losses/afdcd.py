@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, pixel_kl, resize_like
 
 
@@ -34,8 +34,8 @@ class AfDCD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        kd_weight: float = weight(1.0, "weight of plain KD", ade20k=0.5, coco_stuff_164k=0.5, coco_stuff_182=0.5)
-        fd_weight: float = weight(
+        kd_weight: float = term_weight(1.0, "weight of plain KD", ade20k=0.5, coco_stuff_164k=0.5, coco_stuff_182=0.5)
+        fd_weight: float = term_weight(
             2e-6, "weight of the masked feature mimicking",
             citys=2e-6, voc=1e-6, camvid=8e-6, ade20k=1e-6, coco_stuff_164k=5e-6, coco_stuff_182=5e-6,
             when=("normalise", "mean", {
@@ -43,7 +43,7 @@ class AfDCD(Method):
                 "coco_stuff_164k": 41.9, "coco_stuff_182": 41.9,
             }),
         )  # fmt: skip
-        contrast_weight: float = weight(
+        contrast_weight: float = term_weight(
             5e-3, "weight of the contrast",
             citys=5e-3, voc=5e-3, camvid=1e-2, ade20k=4e-2, coco_stuff_164k=5e-3, coco_stuff_182=5e-3,
             when=("normalise", "mean", {

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.base import IGNORE, Method, option, weight
+from losses.base import IGNORE, Method, option, term_weight
 from losses.functional import full_precision, labels_like, pixel_kl, resize_like
 
 
@@ -33,13 +33,13 @@ class APD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        kd_weight: float = weight(
+        kd_weight: float = term_weight(
             0.5, "weight of plain KD: the published 10 divided by the number of classes",
             shapes=1.25, camvid=0.91, citys=0.526, voc=0.476, ade20k=0.067, coco_stuff_164k=0.058, coco_stuff_182=0.055,
         )  # fmt: skip
-        similarity_weight: float = weight(10.0, "weight of the KL divergence of the similarities to the centroids")
-        centroid_weight: float = weight(10.0, "weight of the distance of the centroids")
-        adaptor_weight: float = weight(1.0, "weight of the cross-entropy that trains the teacher's adaptor")
+        similarity_weight: float = term_weight(10.0, "weight of the KL divergence of the similarities to the centroids")
+        centroid_weight: float = term_weight(10.0, "weight of the distance of the centroids")
+        adaptor_weight: float = term_weight(1.0, "weight of the cross-entropy that trains the teacher's adaptor")
         scale: float = option(10.0, "factor on the cosine similarities before the softmax")
         adaptor_lr: float = option(1e-5, "learning rate of the Adam that trains the teacher's adaptor")
 

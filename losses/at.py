@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, pixel_kl, resize_like, spatial_attention
 
 
@@ -27,8 +27,8 @@ class AT(Method):
 
     @dataclass(frozen=True)
     class Options:
-        kd_weight: float = weight(1.0, "weight of plain KD")
-        weight: float = weight(1e4, "weight of the difference of attention maps")
+        kd_weight: float = term_weight(1.0, "weight of plain KD")
+        weight: float = term_weight(1e4, "weight of the difference of attention maps")
         feature: str = option("head", "which features are compared", choices=("head", "c4"))
 
     def __init__(self, options, setup):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, resize_like
 
 
@@ -32,7 +32,7 @@ class AttnFD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        weight: float = weight(2.0, "weight of the squared difference")
+        weight: float = term_weight(2.0, "weight of the squared difference")
         feature: str = option("head", "which features are refined and compared", choices=("head", "c4"))
 
     def __init__(self, options, setup):

@@ -33,11 +33,10 @@ def option(default, help, *, choices=None, when=None, **per_dataset):
     return field(default=default, metadata={"help": help, "choices": choices, "when": when, "per_dataset": per_dataset})
 
 
-def weight(default, help="", *, when=None, **per_dataset):
+def term_weight(default, help="", *, when=None, **per_dataset):
     """The weight of one term of the loss, which names the term: field `logits_weight` weighs `terms["logits"]`; a field that is
     called `weight` weighs the term that is called like the method. A weight of 0 switches the term off: it is not computed, and
-    what it alone needs should not be built (`self.active(term)`). A field called `weight` hides this function from the lines below
-    it in the class: write it after the other weights."""
+    what it alone needs should not be built (`self.active(term)`)."""
     return option(float(default), help, when=when, **{name: float(value) for name, value in per_dataset.items()})
 
 

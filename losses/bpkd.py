@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import channel_kl, full_precision, resize_like
 
 
@@ -30,8 +30,8 @@ class BPKD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        body_weight: float = weight(20.0, "weight of the channel-wise term outside the edges")
-        edge_weight: float = weight(50.0, "weight of the pixel-wise term on the edges")
+        body_weight: float = term_weight(20.0, "weight of the channel-wise term outside the edges")
+        edge_weight: float = term_weight(50.0, "weight of the pixel-wise term on the edges")
         temperature: float = option(1.0, "softmax temperature T of both terms")
         kernel: int = option(7, "side in pixels of the square that widens and narrows the classes, odd")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import channel_kl, resize_like
 
 
@@ -31,8 +31,8 @@ class CWD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        logits_weight: float = weight(3.0, "weight of the term on the logits")
-        head_weight: float = weight(0.0, "weight of the term on the features before the last classifier, 50 in the CIRKD line")
+        logits_weight: float = term_weight(3.0, "weight of the term on the logits")
+        head_weight: float = term_weight(0.0, "weight of the term on the features before the last classifier, 50 in the CIRKD line")
         logits_temperature: float = option(4.0, "softmax temperature T of the logits")
         head_temperature: float = option(4.0, "softmax temperature T of the features")
         head_divisor: str = option("student", "the width that the sum over channels is divided by", choices=("student", "teacher"))

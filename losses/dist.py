@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, resize_like
 from utils.log import logger
 
@@ -27,8 +27,8 @@ class DIST(Method):
 
     @dataclass(frozen=True)
     class Options:
-        logits_weight: float = weight(1.0, "weight of the term on the logits")
-        aux_weight: float = weight(0.4, "weight of the term on the auxiliary logits, left out where a model has no auxiliary head")
+        logits_weight: float = term_weight(1.0, "weight of the term on the logits")
+        aux_weight: float = term_weight(0.4, "weight of the term on the auxiliary logits, left out where a model has no auxiliary head")
         beta: float = option(1.0, "factor of the correlation across classes")
         gamma: float = option(1.0, "factor of the correlation across pixels")
 

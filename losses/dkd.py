@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.base import IGNORE, Method, option, weight
+from losses.base import IGNORE, Method, option, term_weight
 from losses.functional import full_precision, labels_like, resize_like
 
 
@@ -26,8 +26,8 @@ class DKD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        tckd_weight: float = weight(1.0, "alpha, weight of the target class term")
-        nckd_weight: float = weight(2.0, "beta, weight of the non-target class term")
+        tckd_weight: float = term_weight(1.0, "alpha, weight of the target class term")
+        nckd_weight: float = term_weight(2.0, "beta, weight of the non-target class term")
         temperature: float = option(1.0, "softmax temperature T")
 
     def forward(self, student, teacher, batch):

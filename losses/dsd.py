@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, resize_like, spatial_attention, widen
 
 
@@ -32,8 +32,8 @@ class DSD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        psd_weight: float = weight(1000.0, "weight of the pixel-wise similarity")
-        csd_weight: float = weight(10.0, "weight of the category-wise similarity")
+        psd_weight: float = term_weight(1000.0, "weight of the pixel-wise similarity")
+        csd_weight: float = term_weight(10.0, "weight of the category-wise similarity")
         level: str = option("c3", "the first level; the others are the last classifier's input and output", choices=("c3", "aux"))
         temperature: float = option(4.0, "softmax temperature of the class maps")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, resize_like
 
 
@@ -27,7 +27,7 @@ class FeatureKD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        weight: float = weight(1.0, "weight of the distance")
+        weight: float = term_weight(1.0, "weight of the distance")
         feature: str = option("c4", "which features are compared", choices=("c4", "head"))
         distance: str = option("mse", "how features are compared", choices=("mse", "cosine", "standardised"))
         projector: str = option("linear", "one 1x1 convolution, or two with a ReLU between them", choices=("linear", "mlp"))

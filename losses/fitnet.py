@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.feature import mean_squared_error
 from losses.functional import pixel_kl, resize_like
 
@@ -23,8 +23,8 @@ class FitNet(Method):
 
     @dataclass(frozen=True)
     class Options:
-        kd_weight: float = weight(1.0, "weight of plain KD")
-        weight: float = weight(10.0, "weight of the squared error of the features")
+        kd_weight: float = term_weight(1.0, "weight of plain KD")
+        weight: float = term_weight(10.0, "weight of the squared error of the features")
         feature: str = option("head", "which features are compared", choices=("head", "c4"))
 
     def __init__(self, options, setup):

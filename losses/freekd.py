@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, labels_like, resize_like
 from losses.tokens import check_token_options, label_entropy, masked_mean, overlap, token_masks
 
@@ -33,9 +33,9 @@ class FreeKD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        bands_weight: float = weight(1.0, "weight of the masked difference of the high bands")
-        prompt_weight: float = weight(1.0, "weight of the masked teacher's cross-entropy, which trains the tokens")
-        diversity_weight: float = weight(1.0, "weight of the overlap of the masks, which trains the tokens")
+        bands_weight: float = term_weight(1.0, "weight of the masked difference of the high bands")
+        prompt_weight: float = term_weight(1.0, "weight of the masked teacher's cross-entropy, which trains the tokens")
+        diversity_weight: float = term_weight(1.0, "weight of the overlap of the masks, which trains the tokens")
         feature: str = option("c4", "which features are compared", choices=("c4", "head"))
         levels: int = option(3, "how often the low band is split")
         tokens: int = option(8, "number of tokens, hence masks of a band")

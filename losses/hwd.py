@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import channel_kl, full_precision, resize_like
 
 
@@ -26,7 +26,7 @@ class HWD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        weight: float = weight(3.0, "weight of the class-weighted KL divergence")
+        weight: float = term_weight(3.0, "weight of the class-weighted KL divergence")
         temperature: float = option(4.0, "softmax temperature T")
         base: float = option(0.1, "base of the saturating map, in (0, 1]; 1 weighs all classes alike, which is cwd")
 

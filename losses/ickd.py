@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, resize_like
 
 
@@ -28,8 +28,8 @@ class ICKD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        logits_weight: float = weight(3.0, "weight of the term on the logits")
-        feature_weight: float = weight(0.0, "weight of the term on features")
+        logits_weight: float = term_weight(3.0, "weight of the term on the logits")
+        feature_weight: float = term_weight(0.0, "weight of the term on features")
         feature: str = option("c4", "which features", choices=("c4", "c3", "head"))
 
     def __init__(self, options, setup):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, pixel_kl, resize_like
 
 
@@ -33,8 +33,8 @@ class ICSD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        ics_weight: float = weight(1.0, "weight of the inter-class similarity", when=("form", "released", {"default": 9500.0}))
-        kd_weight: float = weight(
+        ics_weight: float = term_weight(1.0, "weight of the inter-class similarity", when=("form", "released", {"default": 9500.0}))
+        kd_weight: float = term_weight(
             0.5, "weight of plain KD, 10 / K", shapes=1.25, camvid=0.909, citys=0.526, voc=0.476, ade20k=0.0667,
             coco_stuff_164k=0.0585, coco_stuff_182=0.0549,
         )  # fmt: skip

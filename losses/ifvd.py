@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from losses.adversarial import Adversary
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, labels_like, pixel_kl, resize_like
 
 
@@ -31,10 +31,10 @@ class IFVD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        kd_weight: float = weight(1.0, "weight of plain KD")
-        adversarial_weight: float = weight(1e-3, "weight of the critic's verdict on the student")
-        critic_weight: float = weight(0.1, "weight of the critic's own loss; with 0 it keeps its random weights")
-        weight: float = weight(20.0, "weight of the similarities to class centres")
+        kd_weight: float = term_weight(1.0, "weight of plain KD")
+        adversarial_weight: float = term_weight(1e-3, "weight of the critic's verdict on the student")
+        critic_weight: float = term_weight(0.1, "weight of the critic's own loss; with 0 it keeps its random weights")
+        weight: float = term_weight(20.0, "weight of the similarities to class centres")
         feature: str = option("head", "which features are compared", choices=("head", "c4"))
 
     def __init__(self, options, setup):

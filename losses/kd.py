@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from losses.base import IGNORE, Method, option, weight
+from losses.base import IGNORE, Method, option, term_weight
 from losses.functional import labels_like, pixel_kl, resize_like
 
 
@@ -21,7 +21,7 @@ class KD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        weight: float = weight(1.0, "weight of the KL divergence")
+        weight: float = term_weight(1.0, "weight of the KL divergence")
         temperature: float = option(1.0, "softmax temperature T")
         mask_ignored: bool = option(False, "leave out pixels whose label is ignored (the published code keeps them)")
 

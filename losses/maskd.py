@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, labels_like, resize_like
 from losses.tokens import check_token_options, label_entropy, masked_mean, overlap, token_masks
 from utils.log import logger
@@ -35,10 +35,10 @@ class MasKD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        logits_weight: float = weight(1.0, "weight of the masked squared error of the logits")
-        aux_weight: float = weight(0.4, "weight of that of the auxiliary logits, where both networks have them")
-        mask_weight: float = weight(1.0, "weight of the masked teacher's cross-entropy, which trains the tokens")
-        diversity_weight: float = weight(1.0, "weight of the overlap of the masks, which trains the tokens")
+        logits_weight: float = term_weight(1.0, "weight of the masked squared error of the logits")
+        aux_weight: float = term_weight(0.4, "weight of that of the auxiliary logits, where both networks have them")
+        mask_weight: float = term_weight(1.0, "weight of the masked teacher's cross-entropy, which trains the tokens")
+        diversity_weight: float = term_weight(1.0, "weight of the overlap of the masks, which trains the tokens")
         tokens: int = option(8, "number of tokens, hence masks")
         pretrain: float = option(0.25, "share of the training, at its start, in which the tokens learn")
         tokens_lr: float = option(1e-3, "learning rate of the Adam that trains the tokens")

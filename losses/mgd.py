@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from losses.afdcd import Projector, mimicking, random_mask
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import resize_like
 
 
@@ -26,7 +26,7 @@ class MGD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        weight: float = weight(2e-5, "weight of the squared error, summed over channels and positions")
+        weight: float = term_weight(2e-5, "weight of the squared error, summed over channels and positions")
         mask_ratio: float = option(0.75, "share of the positions that are zeroed, in [0, 1)")
 
     def __init__(self, options, setup):

@@ -6,7 +6,7 @@ from math import pi, sqrt
 import torch
 from torch import Tensor, nn
 
-from losses.base import Method, weight
+from losses.base import Method, term_weight
 from losses.functional import full_precision, resize_like
 
 STAGES = {"p1": 8, "p2": 4, "p3": 2, "p4": 1}  # field: what its distance is divided by
@@ -32,7 +32,7 @@ class OFD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        weight: float = weight(1e-5, "weight of the distance, summed over channels and positions")
+        weight: float = term_weight(1e-5, "weight of the distance, summed over channels and positions")
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.adversarial import Adversary
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision, pixel_kl, resize_like
 
 
@@ -30,10 +30,10 @@ class SKD(Method):
 
     @dataclass(frozen=True)
     class Options:
-        kd_weight: float = weight(1.0, "weight of plain KD")
-        pairwise_weight: float = weight(10.0, "weight of the similarities between positions", when=("form", "original", {"default": 0.5}))
-        adversarial_weight: float = weight(1e-3, "weight of the critic's verdict on the student")
-        critic_weight: float = weight(0.1, "weight of the critic's own loss; with 0 it keeps its random weights")
+        kd_weight: float = term_weight(1.0, "weight of plain KD")
+        pairwise_weight: float = term_weight(10.0, "weight of the similarities between positions", when=("form", "original", {"default": 0.5}))
+        adversarial_weight: float = term_weight(1e-3, "weight of the critic's verdict on the student")
+        critic_weight: float = term_weight(0.1, "weight of the critic's own loss; with 0 it keeps its random weights")
         form: str = option("cirkd", "how positions are pooled before they are compared", choices=("cirkd", "original"))
         feature: str = option("head", "which features are compared", choices=("head", "c4"))
         objective: str = option("hinge", "the critic's loss", choices=("hinge", "wgan-gp"))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import Method, option, weight
+from losses.base import Method, option, term_weight
 from losses.functional import full_precision
 from utils import distributed
 
@@ -27,7 +27,7 @@ class SP(Method):
 
     @dataclass(frozen=True)
     class Options:
-        weight: float = weight(3000.0, "weight of the difference of similarities")
+        weight: float = term_weight(3000.0, "weight of the difference of similarities")
         feature: str = option("head", "which features are compared", choices=("head", "c4"))
         gather: bool = option(True, "compare the images of all ranks")
 

@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
             kwargs["action"] = argparse.BooleanOptionalAction
         elif not {"type", "choices", "action"} & kwargs.keys() and default is not None:
             kwargs["type"] = type(default)
-        shown = "the data set's" if recipe else "none" if default is None else f"{default}".lower() if isinstance(default, bool) else default
+        shown = "the data set's" if recipe else plain_value(default)
         if kwargs.pop("required", False):  # checked after unknown flags, which may be its misspelling
             self.required.append((dest, name))
         else:
@@ -122,7 +122,9 @@ def describe_default(meta, default) -> str:
 
 
 def plain_value(value):
-    """A default as it is typed on the command line."""
+    """A value as it is typed on the command line."""
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

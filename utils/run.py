@@ -44,9 +44,9 @@ class Run:
     def _check_folder(self) -> None:
         """Refuse what would be lost or could not be written, before any work is done."""
         folder = self.folder
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--save-dir {folder}: is a file; give a folder")
         try:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"--save-dir {folder}: is a file; give a folder")
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".probe.{os.getpid()}.tmp"
             probe.touch()
@@ -76,8 +76,9 @@ class Run:
             self._check_same_run(state["config"])
             state["config"] = self.config
         if distributed.is_main():
-            for name in ("DONE", "INTERRUPTED"):
-                (self.folder / name).unlink(missing_ok=True)
+            # how it ended before, and what a kill in the middle of a save has left
+            for path in (self.folder / "DONE", self.folder / "INTERRUPTED", *self.folder.glob(".*.tmp")):
+                path.unlink(missing_ok=True)
             self._write_arguments()
             self._truncate_metrics(state["step"] if state else 0)
         return state

@@ -60,7 +60,8 @@ def train(options: Options, device: torch.device) -> None:
     teacher_model, teacher_id = build_teacher(options)
     setup = Setup(
         student=student.channels, teacher=teacher_model.channels if teacher_model else {}, num_classes=student.num_classes,
-        crop=options.crop_size, global_batch=options.batch_size, dataset=options.dataset, seed=options.seed,
+        crop=options.crop_size, global_batch=options.batch_size // options.accumulate,
+        dataset=options.dataset, seed=options.seed,
         teacher_norms=teacher_model.norms if teacher_model else {},
     )  # fmt: skip
     methods = build_methods(options.methods, setup)
@@ -80,6 +81,9 @@ def train(options: Options, device: torch.device) -> None:
     selection = Split(options, options.spec.select_split, device)
     reported = selection if options.spec.report_split == options.spec.select_split else Split(options, options.spec.report_split, device)
     pictures = build_dataset(options.spec, options.data, "train", augment=options.spec.augment(options.crop_size), seed=options.seed)
+    sampler = EndlessSampler(
+        len(pictures), options.batch_size, rank=distributed.rank(), world=distributed.world(), seed=options.seed, accumulate=options.accumulate
+    )
     resumed = run.start(student.config, teacher_id)
     logger.debug("%s", option_table(options))
     logger.info("%s", describe(distiller, teacher_model, options))
@@ -91,10 +95,7 @@ def train(options: Options, device: torch.device) -> None:
     if resumed:
         training.restore(resumed)
         logger.info("going on from step %d", training.step)
-    sampler = EndlessSampler(
-        len(pictures), options.batch_size, rank=distributed.rank(), world=distributed.world(),
-        seed=options.seed, start_step=training.step, accumulate=options.accumulate,
-    )  # fmt: skip
+    sampler.start_step = training.step
     loader = build_loader(pictures, sampler, workers=options.workers, device=device)
     if fit(training, teacher, loader, run, selection.evaluate):
         report(training, run, selection, reported)

@@ -62,7 +62,8 @@ def page(costs: dict) -> str:
         terms = ", ".join(f"{term} {plain_value(value)}" for term, value in method.weights.items())
         parameters = sum(p.numel() for p in method.parameters()) / 1e6
         shown = f"{parameters:.2f} M" if parameters else "-"
-        cost = f"{costs['relative'][name]:.3g}x" if name in costs["relative"] else "not measured"
+        relative = costs["relative"].get(name, 0.0)
+        cost = f"{relative:.{0 if relative >= 100 else 1}f}x" if name in costs["relative"] else "not measured"
         rows.append(f"| [{name}](#{name}) | {terms} | {', '.join(method.needs)} | {shown} | {cost} |")
     sections = [HEADER.format(table="\n".join(rows), classes=CLASSES, machine=costs["machine"])]
     return "\n".join([*sections, *(section(name, method) for name, method in METHODS.items())])

@@ -14,9 +14,9 @@ class AfDCD(Method):
     """Masked feature mimicking, contrasted with the teacher inside small patches across space and channel groups at once.
 
     The student's c4 is aligned to the teacher's width (1x1), most of its positions are zeroed, and a projector regenerates the
-    teacher's c4 from the rest (term `fd`, section 3.2). The regenerated map and the teacher's are cut into patches and channel
+    teacher's c4 from the rest (term `fd`). The regenerated map and the teacher's are cut into patches and channel
     groups; every (pixel, group) cell of the student is pulled to the teacher's same cell and pushed from the teacher's others
-    (term `contrast`, section 3.3, similarity = negative L1 distance / tau). Term `kd` is plain KD with T = 1.
+    (term `contrast`, similarity = negative L1 distance / tau). Term `kd` is plain KD with T = 1.
 
     `normalise` "released": `fd` is the sum of squares / B and `contrast` the sum over groups of the mean over pixels, with the
     published weights; both then grow with the crop and the teacher's width. "mean": both are means, with weights that equal the
@@ -142,7 +142,7 @@ def centre_mask(height: int, width: int, device=None) -> Tensor:
 
 @full_precision
 def mimicking(generated: Tensor, teacher: Tensor, mean: bool = False) -> Tensor:
-    """Sum of squared differences over (C, h, w), averaged over B (equation 2); `mean`: averaged over all elements."""
+    """Sum of squared differences over (C, h, w), averaged over B; `mean`: averaged over all elements."""
     return F.mse_loss(generated, teacher) if mean else F.mse_loss(generated, teacher, reduction="sum") / len(generated)
 
 
@@ -158,7 +158,7 @@ def contrast(
     distance: str = "l1",
     mean: bool = False,
 ) -> Tensor:
-    """Omni-contrast of two maps (B, C, h, w) inside patches (equation 6); vectors are not normalised.
+    """Omni-contrast of two maps (B, C, h, w) inside patches; vectors are not normalised.
 
     Anchor: the student's cell (pixel n, group k) of a patch; positive: the teacher's cell (n, k). Negatives, all the teacher's:
     `released` (n', k') with k' != k at any pixel n'; `omni` every other cell; `channel` the other groups at the pixel n;

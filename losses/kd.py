@@ -9,7 +9,7 @@ from losses.functional import labels_like, pixel_kl, resize_like
 class KD(Method):
     """KL divergence between the class distributions of teacher and student at every pixel of the logits.
 
-    T^2 / (B*N) * sum over pixels of KL(softmax(z_teacher / T) || softmax(z_student / T)), Hinton et al. 2015, section 2. The
+    T^2 / (B*N) * sum over pixels of KL(softmax(z_teacher / T) || softmax(z_student / T)) (Hinton et al. 2015). The
     logits are compared at the student's output stride, not upsampled. Other codebases divide the same sum by less (SKD: 8 times
     this weight) or by more (IFVD and CWD: also by K).
     """

@@ -1,0 +1,533 @@
+"""The training loop and the folder of a run: what stops it, what it leaves behind, what it refuses to touch."""
+
+import csv
+import json
+import os
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dataset import Batch, EndlessSampler
+from dataset.shapes import DrawnItem
+from losses import METHODS, Method, Setup, option, term_weight
+from losses.task import TaskLoss
+from models import SegOutput
+from tests.workers import distil, on_ranks, train
+from utils import checkpoint
+from utils.distill import Distiller, Teacher
+from utils.engine import NonFiniteError, Training, fit
+from utils.log import logger
+from utils.metrics import Scores
+from utils.optim import Budget, build_optimizers, poly_lr
+from utils.options import train_options
+from utils.run import Run, StopSignal
+
+CPU = torch.device("cpu")
+
+
+class Tiny(nn.Module):
+    """The smallest network with a head: 1x1 convolutions, whose steps take a millisecond."""
+
+    config = {"model": "tiny", "backbone": "none", "in_channels": 3}
+    channels = {"logits": 3, "c4": 4}
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.backbone, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, image, needs=("logits",)):
+        c4 = self.backbone(image.float() / 255)
+        return SegOutput(logits=self.head(c4), c4=c4)
+
+
+class Clock:
+    """Time that passes only when it is told to."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("utils.optim.time.monotonic", clock)
+    return clock
+
+
+def batches(step=0, seconds=0.0, clock=None):
+    """Endless micro-batches of two pictures, a function of the step; each may take time."""
+    while True:
+        generator = torch.Generator().manual_seed(step)
+        image = torch.randint(0, 256, (2, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        if clock:
+            clock.now += seconds
+        yield Batch(image, (image[:, 0] // 86), [f"picture {2 * step}", f"picture {2 * step + 1}"])
+        step += 1
+
+
+def prepared(folder, *arguments, methods=None, student=None):
+    """(training, teacher, run) of a tiny network, as `utils.session.train` builds them."""
+    length = [] if "--max-minutes" in arguments else ["--max-iterations", "10", "--val-interval", "100"]
+    given = ["--save-dir", str(folder), "--batch-size", "2", "--device", "cpu", *length, *arguments]
+    options = train_options(given, distil=False, description="")
+    distiller = Distiller(student or Tiny(), TaskLoss(0.0), methods or {})
+    run = Run(options, ["loss", *distiller.term_names, "gradient_norm", "lr", "seconds", "images_per_second", "val/mIoU", "val/aAcc", "val/mAcc"])
+    state = run.start(Tiny.config, None)
+    training = Training(distiller, build_optimizers(distiller, options), options, CPU)
+    if state:
+        training.restore(state)
+    return training, Teacher(Tiny(1), distiller.teacher_needs) if methods else None, run
+
+
+def scores(model, stop):
+    return Scores.of(torch.eye(3, dtype=torch.int64), 1)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule, budget
+
+
+def test_poly_lr():
+    assert poly_lr(0.02, 0) == 0.02 and poly_lr(0.02, 1) == 0
+    assert poly_lr(0.02, 0.5) == pytest.approx(0.02 * 0.5**0.9)
+    assert poly_lr(0.02, 1.5) == 0 and poly_lr(0.02, 0.99, floor=1e-3) == 1e-3
+
+
+def test_every_step_has_its_learning_rate(tmp_path):
+    training, teacher, run = prepared(tmp_path, "--log-interval", "1", "--lr", "0.5")
+    assert fit(training, teacher, batches(), run, scores)
+    logged = [row["lr"] for row in rows(tmp_path) if "lr" in row]
+    assert logged == pytest.approx([0.5 * (1 - step / 10) ** 0.9 for step in range(10)])
+
+
+def test_a_budget_of_minutes_ends_near_its_time_with_a_learning_rate_near_zero(tmp_path, clock):
+    """2 seconds per batch and 100 per validation: 3 minutes are 90 steps, however many validations there are."""
+    def slow_validation(model, stop):
+        clock.now += 100
+        return scores(model, stop)
+
+    training, teacher, run = prepared(tmp_path, "--max-minutes", "3", "--val-interval", "20", "--log-interval", "1", "--lr", "0.5")
+    assert fit(training, teacher, batches(seconds=2, clock=clock), run, slow_validation)
+    assert training.step == 90 and training.budget.elapsed() == 180
+    logged = [row for row in rows(tmp_path) if "lr" in row]
+    assert [row["lr"] for row in logged] == pytest.approx([0.5 * (1 - (2 * step + 2) / 180) ** 0.9 for step in range(90)], abs=0.01)
+    assert logged[-1]["lr"] < 0.02 * 0.5 and logged[0]["lr"] > 0.48
+    assert [row["step"] for row in rows(tmp_path) if "val/mIoU" in row] == [20, 40, 60, 80, 90]
+    assert logged[-1]["images_per_second"] == pytest.approx(1.0)
+
+
+def test_the_seconds_of_a_budget_are_resumed(tmp_path, clock):
+    arguments = ("--max-minutes", "1", "--val-interval", "1000", "--log-interval", "1")
+    training, teacher, run = prepared(tmp_path, *arguments)
+
+    def stopping():
+        for number, batch in enumerate(batches(seconds=5, clock=clock)):
+            if number == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    assert not fit(training, teacher, stopping(), run, scores)
+    assert training.budget.elapsed() == 25
+    clock.now += 1e6
+    training, teacher, run = prepared(tmp_path, *arguments, "--resume")
+    assert training.budget.elapsed() == 25 and training.step == 5
+    assert fit(training, teacher, batches(5, seconds=5, clock=clock), run, scores)
+    assert training.step == 12 and [row["step"] for row in rows(tmp_path) if "lr" in row] == [*range(1, 13)]
+    assert [row["images_per_second"] for row in rows(tmp_path) if "lr" in row] == pytest.approx([0.4] * 12), "time before the stop counts once"
+
+
+def test_budget_of_steps():
+    assert [Budget(iterations=4).progress(step) for step in (0, 1, 4)] == [0, 0.25, 1]
+    assert Budget(minutes=1, seconds=90).progress(7) == 1
+    assert Budget(minutes=1, seconds=30).progress(7, agree=lambda value: 15.0) == 0.25, "rank 0's clock decides"
+
+
+# --------------------------------------------------------------------------------------------------------------- not finite
+
+
+class Poison(Method):
+    """A term that is NaN for one picture."""
+
+    name = "poison"
+
+    @dataclass(frozen=True)
+    class Options:
+        weight: float = term_weight(1.0)
+        picture: str = option("none", "where the term is NaN")
+
+    def forward(self, student, teacher, batch):
+        bad = float("nan") if self.options.picture in batch.names else 1.0
+        return {"poison": bad * student.logits.mean()}
+
+
+SETUP = Setup(Tiny.channels, Tiny.channels, 3, (8, 8), 2)
+
+
+def test_nan_stops_one_rank(tmp_path):
+    methods = {"poison": Poison(Poison.Options(picture="picture 9"), SETUP)}
+    training, teacher, run = prepared(tmp_path, "--save-interval", "1", "--log-interval", "3", methods=methods)
+    with pytest.raises(NonFiniteError) as error:
+        fit(training, teacher, batches(), run, scores)
+    assert str(error.value) == (
+        "step 5: not finite: rank 0: total, poison/poison, gradient norm on picture 8, picture 9; last.pth holds earlier, finite weights; "
+        "lower --lr, or look at these files"
+    )
+    last = checkpoint.load(tmp_path / "last.pth")
+    assert last["step"] == 4 and all(value.isfinite().all() for value in last["student"].values())
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [3]
+
+
+class Kink(Poison):
+    """A term of 0 whose gradient is NaN in step 3."""
+
+    def forward(self, student, teacher, batch):
+        mean = student.logits.mean()
+        return {"poison": (mean * 0).abs().sqrt() if batch.step == 2 else mean}
+
+
+def test_a_gradient_that_is_nan_stops_though_every_term_is_finite(tmp_path):
+    training, teacher, run = prepared(tmp_path, methods={"poison": Kink(Poison.Options(), SETUP)})
+    with pytest.raises(NonFiniteError, match="^step 3: not finite: the gradients, with every term finite; last.pth holds earlier, finite"):
+        fit(training, teacher, batches(), run, scores)
+
+
+def add_poison():
+    METHODS["poison"] = Poison
+
+
+def poisoned_pictures():
+    """The pictures of step 6 of a training with batch 2 and seed 0, rank by rank."""
+    order = [next(batch for number, batch in enumerate(EndlessSampler(512, 2, rank=rank, world=2)) if number == 5) for rank in (0, 1)]
+    return [f"train_{index:04d}" for ((index, _),) in order]
+
+
+def test_nan_on_one_of_two_ranks_stops_both(tmp_path):
+    here, there = poisoned_pictures()
+    started = distil(tmp_path, "--method", "poison", "--poison-picture", there, "--max-iterations", "20", "--val-interval", "100",
+                     "--save-interval", "2", "--workers", "0", "--save-dir", "run", world=2, change=add_poison)  # fmt: skip
+    assert started.wait() == [2, 2], started.text
+    errors = [line for line in started.text.splitlines() if "error:" in line]
+    expected = (f"error: step 6: not finite: rank 1: total, poison/poison, gradient norm on {there}; last.pth holds earlier, finite weights; "
+                "lower --lr, or look at these files")  # fmt: skip
+    assert errors[0] == expected and "Traceback" not in started.text
+    assert here not in started.text
+    last = checkpoint.load(tmp_path / "run" / "last.pth")
+    assert last["step"] == 4 and all(value.isfinite().all() for value in last["student"].values() if value.is_floating_point())
+    assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5]
+
+
+def test_a_killed_rank_ends_the_other(tmp_path):
+    started = train(tmp_path, "--max-iterations", "1000", "--workers", "0", "--save-dir", "run", world=2)
+    started.until("step 2/1000")
+    started.stop(signal.SIGKILL, rank=1)
+    assert started.wait(35) == [2, -signal.SIGKILL]
+    assert re.search(r"^error: another rank stopped or hangs; its own message says why \(.+\)$", started.text, re.M), started.text
+    assert "Traceback" not in started.text
+
+
+# ----------------------------------------------------------------------------------------------- methods with own optimizers
+
+
+class Critic(Method):
+    """A toy: an adapter that the student's optimizer trains under a clip, and a critic with its own Adam."""
+
+    name, needs = "critic", ("logits", "c4")
+
+    @dataclass(frozen=True)
+    class Options:
+        weight: float = term_weight(1.0)
+
+    def __init__(self, options, setup):
+        super().__init__(options, setup)
+        self.align, self.judge = nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 1, 1, bias=False)
+        self.grad_clip = 1e-3
+        self.register_buffer("seen", torch.zeros(()))
+
+    def own_optimizer(self):
+        return torch.optim.Adam(self.judge.parameters(), lr=0.01)
+
+    def forward(self, student, teacher, batch):
+        self.seen += len(batch)
+        return {"critic": 100 * (self.judge(self.align(student.c4)) - self.judge(teacher.c4)).square().mean()}
+
+
+def critic():
+    torch.manual_seed(5)
+    return {"critic": Critic(Critic.Options(), SETUP)}
+
+
+PLAIN = ("--lr", "0.5", "--momentum", "0", "--weight-decay", "0")
+
+
+def test_own_optimizer_and_clip(tmp_path):
+    methods = critic()
+    before = {name: value.clone() for name, value in methods["critic"].state_dict().items()}
+    training, teacher, run = prepared(tmp_path, *PLAIN, "--max-iterations", "1", methods=methods)
+    assert set(training.optimizers) == {"student", "critic"}
+    count = sum(p.numel() for group in training.optimizers["student"].param_groups for p in group["params"])
+    assert count == sum(p.numel() for p in [*training.distiller.student.parameters(), *methods["critic"].align.parameters()])
+    assert fit(training, teacher, batches(), run, scores)
+    moved = {name: value - before[name] for name, value in methods["critic"].state_dict().items()}
+    # Adam's first step is its learning rate in every coordinate whatever the gradient's size; 0.5 x the clipped gradient is far less
+    torch.testing.assert_close(moved["judge.weight"].abs(), torch.full((1, 4, 1, 1), 0.01), rtol=1e-2, atol=0)
+    assert 0 < moved["align.weight"].norm() <= 0.5 * 1e-3 * 1.0001
+    assert moved["seen"] == 2
+
+
+def test_the_clip_is_of_the_method_alone(tmp_path):
+    """Without a clip its step is far larger; the student's step does not change with the clip."""
+    found = {}
+    for clip in (1e-3, None):
+        methods = critic()
+        methods["critic"].grad_clip = clip
+        before = methods["critic"].align.weight.clone()
+        training, teacher, run = prepared(tmp_path / str(clip), *PLAIN, "--max-iterations", "1", methods=methods)
+        assert fit(training, teacher, batches(), run, scores)
+        found[clip] = (methods["critic"].align.weight - before).norm(), training.distiller.student.state_dict()
+    assert found[None][0] > 100 * found[1e-3][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[None][1].values(), found[1e-3][1].values(), strict=True))
+
+
+def stop_at(step, source):
+    for number, batch in enumerate(source):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+
+def equal(a, b) -> bool:
+    """Whether two nested states are the same, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(value, b[key]) for key, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_own_optimizer_and_buffers_are_resumed(tmp_path):
+    whole, teacher, run = prepared(tmp_path / "whole", methods=critic())
+    assert fit(whole, teacher, batches(), run, scores)
+    first, teacher, run = prepared(tmp_path / "parts", methods=critic())
+    assert not fit(first, teacher, stop_at(3, batches()), run, scores)
+    assert first.step == 4, "the step in which the signal came is finished and saved"
+    second, teacher, run = prepared(tmp_path / "parts", "--resume", methods=critic())
+    assert second.optimizers["critic"].state_dict()["state"][0]["step"] == 4
+    assert fit(second, teacher, batches(4), run, scores)
+    a, b = whole.snapshot(), second.snapshot()
+    for key in a.keys() - {"seconds"}:
+        assert equal(a[key], b[key]), key
+    assert b["methods"]["critic.seen"] == 20
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# ---------------------------------------------------------------------------------------------------------------- run folders
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run of 2 steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    started = train(folder, "--max-iterations", "2", "--workers", "0", "--save-dir", "run")
+    assert started.wait() == [0], started.text
+    return folder
+
+
+def test_what_a_run_leaves(finished):
+    names = {p.name for p in (finished / "run").iterdir()}
+    assert names == {"args.json", "log.txt", "metrics.jsonl", "metrics.csv", "last.pth", "last.previous.pth", "best.pth", "student_best.pth",
+                     "report.json", "DONE"}  # fmt: skip
+    table = list(csv.DictReader((finished / "run" / "metrics.csv").read_text().splitlines()))
+    assert list(table[0]) == ["step", "loss", "task/ce", "gradient_norm", "lr", "seconds", "images_per_second", "val/mIoU", "val/aAcc", "val/mAcc"]
+    assert [(row["step"], bool(row["loss"]), bool(row["val/mIoU"])) for row in table] == [
+        ("1", True, False), ("1", False, True), ("2", True, False), ("2", False, True)]  # fmt: skip
+    for row, written in zip(table, rows(finished / "run"), strict=True):
+        assert {key: float(value) for key, value in row.items() if value} == {key: pytest.approx(value) for key, value in written.items()}
+    arguments = json.loads((finished / "run" / "args.json").read_text())
+    assert arguments["options"]["max_iterations"] == 2 and arguments["sources"]["max_iterations"] == "command line"
+    assert arguments["environment"]["ranks"] == 1 and "--max-iterations 2" in arguments["command"]
+    report = json.loads((finished / "run" / "report.json").read_text())
+    assert report["split"] == "test" and report["selected_on"] == "val" and report["last"]["images"] == 5
+    best = checkpoint.load(finished / "run" / "student_best.pth")
+    assert best["config"]["dataset"] == "shapes" and set(best) == {"format", "student", "step", "metrics", "config", "environment"}
+
+
+def test_a_finished_run_is_done(finished):
+    before = {p.name: p.read_bytes() for p in (finished / "run").iterdir() if p.name != "log.txt"}
+    again = train(finished, "--max-iterations", "2", "--workers", "0", "--save-dir", "run", "--resume", console="again.txt")
+    assert again.wait() == [0] and "run: done already" in again.text and (finished / "run" / "DONE").read_text().strip() in again.text
+    assert "step 1/" not in again.text
+    assert before == {p.name: p.read_bytes() for p in (finished / "run").iterdir() if p.name != "log.txt"}
+
+
+FOLDERS = {
+    "existing": ([], "--save-dir run: holds a run already; pass --resume to go on with it, or choose another folder"),
+    "other settings": (["--resume", "--lr", "0.5", "--seed", "3"],
+                       "--save-dir run: holds another run (--lr is 0.5, was 0.02; --seed is 3, was 0); choose another folder, or the same settings"),
+    "a file": (["--save-dir", "file"], "--save-dir file: is a file; give a folder"),
+    "below a file": (["--save-dir", "file/run"], "--save-dir file/run: cannot be written (Not a directory); choose another folder"),
+    "batch": (["--save-dir", "new", "--accumulate", "3"],
+              "batch size 2 (all ranks together) is not divisible by 1 ranks x 3 accumulated micro batches; use a multiple of 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_folders_that_are_refused(case, finished):
+    arguments, message = FOLDERS[case]
+    (finished / "file").touch()
+    before = {p: p.stat().st_mtime_ns for p in (finished / "run").iterdir() if p.name != "log.txt"}
+    started = train(finished, "--max-iterations", "2", "--workers", "0", "--save-dir", "run", *arguments, console="refused.txt")
+    assert started.wait() == [2]
+    assert started.text == f"error: {message}\n"
+    assert before == {p: p.stat().st_mtime_ns for p in (finished / "run").iterdir() if p.name != "log.txt"}
+    assert not (finished / "new" / "args.json").exists(), "the folder can be used with a mended command"
+
+
+def test_a_model_or_teacher_that_changed_is_refused(tmp_path):
+    training, _, run = prepared(tmp_path / "run")
+    run.save_last(training.snapshot())
+    _, _, run = prepared(tmp_path / "run", "--resume")
+    with pytest.raises(ValueError, match="the model is .*'tiny'.*, was .*; choose another folder") as error:
+        run.start({**Tiny.config, "width": 9}, None)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"the teacher is \{'file': 't.pth', 'sha256': 'ab'\}, was None"):
+        run.start(Tiny.config, {"file": "t.pth", "sha256": "ab"})
+
+
+def try_folder(folder) -> str:
+    """The message of a run of a user without rights."""
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    try:
+        prepared(folder)
+    except ValueError as error:
+        return str(error)
+    return "started"
+
+
+@pytest.mark.parametrize("where", ["read-only", "read-only/new", "locked/run"])
+def test_a_folder_without_rights_is_refused(where, tmp_path):
+    with tempfile.TemporaryDirectory() as top:  # pytest's own folders are closed to other users
+        os.chmod(top, 0o755)
+        for name, mode in (("read-only", 0o555), ("locked", 0o000)):
+            os.mkdir(f"{top}/{name}")
+            os.chmod(f"{top}/{name}", mode)
+        (message,) = on_ranks(partial(try_folder, f"{top}/{where}"), 1, tmp_path / "console.txt")
+        assert message == f"--save-dir {top}/{where}: cannot be written (Permission denied); choose another folder"
+        os.chmod(f"{top}/locked", 0o755)
+
+
+def test_two_ranks_refuse_a_batch_that_cannot_be_divided(tmp_path):
+    started = train(tmp_path, "--batch-size", "3", "--max-iterations", "2", "--workers", "0", "--save-dir", "run", world=2)
+    assert started.wait() == [2, 2]
+    assert started.text.splitlines()[0] == (
+        "error: batch size 3 (all ranks together) is not divisible by 2 ranks x 1 accumulated micro batches; use a multiple of 2")  # fmt: skip
+    assert "Traceback" not in started.text and not (tmp_path / "run" / "args.json").exists()
+
+
+def limit_files():
+    """No file of the process may grow beyond 1 MB; a checkpoint has 15."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+
+def test_a_full_disk_stops_with_one_line(tmp_path):
+    started = train(tmp_path, "--max-iterations", "2", "--workers", "0", "--save-dir", "run", change=limit_files)
+    assert started.wait() == [2]
+    assert started.text.splitlines()[-1] == "error: cannot write run/last.pth: File too large; free space or choose another --save-dir"
+    assert "Traceback" not in started.text and not list((tmp_path / "run").glob(".*"))
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    prepared(tmp_path / "run")
+    leftover = tmp_path / "run" / ".last.pth.123.tmp"
+    leftover.write_bytes(b"half")
+    prepared(tmp_path / "run", "--resume")
+    assert not leftover.exists()
+
+
+def test_rows_after_the_checkpoint_and_cut_lines_are_dropped(tmp_path):
+    training, _, run = prepared(tmp_path)
+    for step in range(1, 6):
+        run.record(step, {"loss": step, "extra": 1})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    training.step = 3
+    run.save_last(training.snapshot())
+    prepared(tmp_path, "--resume")
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3] and rows(tmp_path)[0]["extra"] == 1
+    table = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in table] == ["1", "2", "3"] and "extra" not in table[0]
+
+
+def test_a_damaged_last_checkpoint_is_told_and_the_previous_one_used(tmp_path, caplog):
+    training, _, run = prepared(tmp_path)
+    for training.step in (3, 5):
+        run.record(training.step, {"loss": 1})
+        run.save_last(training.snapshot())
+    data = (tmp_path / "last.pth").read_bytes()
+    (tmp_path / "last.pth").unlink()
+    (tmp_path / "last.pth").write_bytes(data[:-100])
+    with caplog.at_level("WARNING", "segkd"):
+        logger.propagate = True
+        training, _, _ = prepared(tmp_path, "--resume")
+    assert training.step == 3 and [row["step"] for row in rows(tmp_path)] == [3]
+    assert "no checksum at its end" in caplog.text and "going on from last.previous.pth" in caplog.text
+
+
+def stop_when_read(index):
+    """SIGTERM to this process when a validation picture is read for the first time."""
+    read = DrawnItem.read
+
+    def reading(self):
+        if (self.split, self.index) == ("val", index) and not Path("stopped").exists():
+            Path("stopped").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self)
+
+    DrawnItem.read = reading
+
+
+def test_interrupted_holds_a_command_that_goes_on(tmp_path):
+    """The real scripts in a path with a space, stopped during the validation, and continued by what INTERRUPTED says."""
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    length = ("--max-iterations", "4", "--val-interval", "2")
+    started = train(folder, *length, "--workers", "0", "--save-dir", "my run", change=partial(stop_when_read, 0))
+    assert started.wait() == [0], started.text
+    text = (folder / "my run" / "INTERRUPTED").read_text()
+    command = text.splitlines()[1]
+    assert text.startswith("stopped after step 2; go on with:\n") and command in started.text
+    path = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    again = subprocess.run(command, shell=True, cwd=folder, env=path, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "going on from step 2" in again.stdout and "step 4/4" in again.stdout and "step 2/4" not in again.stdout
+    assert (folder / "my run" / "DONE").exists() and not (folder / "my run" / "INTERRUPTED").exists()
+    assert shlex.split(command)[-1] == "--resume"
+    assert [row["step"] for row in rows(folder / "my run")] == [1, 2, 2, 3, 4, 4]

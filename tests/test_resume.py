@@ -1,0 +1,246 @@
+"""Stopped and resumed equals never stopped, bit for bit: the real scripts, real signals, other numbers of workers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.shapes import DrawnItem
+from tests.paths import REPOSITORY
+from tests.workers import RUN, TINY, distil, train
+from utils import checkpoint
+
+STEPS = 8
+LENGTH = ("--max-iterations", str(STEPS), "--val-interval", "4", "--save-interval", "3", "--save-dir", "run")
+CASES = {  # how it is started, and its settings
+    "baseline": (train, ()),
+    "afdcd": (distil, ("--method", "afdcd")),
+    "average": (train, ("--ema", "0.9", "--accumulate", "2", "--optimizer", "adamw", "--lr", "1e-3")),
+}
+CLOCK = {"seconds", "images_per_second"}  # columns that no two runs share
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The never stopped run of a case: its folder; each is made once."""
+    made = {}
+
+    def make(case, change=None):
+        if (case, change) not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            start, arguments = CASES[case]
+            started = start(folder, *arguments, *LENGTH, "--workers", "0", change=change)
+            assert started.wait() == [0], started.text
+            made[case, change] = folder
+        return made[case, change]
+
+    return make
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What differs in the last checkpoints, the best students and the metrics of two runs."""
+    found = []
+
+    def compare(x, y, path):
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            if x.dtype != y.dtype or not torch.equal(x, y):
+                found.append(path)
+        elif isinstance(x, dict) and isinstance(y, dict) and x.keys() == y.keys():
+            for key in x:
+                compare(x[key], y[key], f"{path}.{key}")
+        elif isinstance(x, list | tuple) and isinstance(y, list | tuple) and len(x) == len(y):
+            for number, pair in enumerate(zip(x, y, strict=True)):
+                compare(*pair, f"{path}.{number}")
+        elif x != y:
+            found.append(path)
+
+    for name in ("last.pth", "student_best.pth"):
+        states = [checkpoint.load(folder / "run" / name) for folder in (a, b)]
+        for state in states:
+            assert len(state["student"]) > 300
+            state.pop("seconds", None)
+            state.pop("config"), state.pop("environment")
+        compare(*states, name)
+    compare(*(metrics(folder) for folder in (a, b)), "metrics")
+    return found
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
+
+
+def stopped_after(folder: Path) -> int:
+    return int((folder / "run" / "INTERRUPTED").read_text().split(";")[0].split()[-1])
+
+
+def stop_and_resume(folder, case, steps, workers, change=None, number=signal.SIGTERM):
+    """Run a case, stopped by a signal when the console shows each of the steps; `workers` of each start."""
+    start, arguments = CASES[case]
+    before = 0
+    for part, (step, count) in enumerate(zip([*steps, None], workers, strict=True)):
+        console = f"part {part}.txt"
+        started = start(folder, *arguments, *LENGTH, "--workers", count, *(["--resume"] if part else []), console=console, change=change)
+        if step is not None:
+            started.until(f"step {step}/{STEPS}")
+            started.stop(number)
+        assert started.wait() == [0], started.text
+        if part:
+            assert f"going on from step {before}" in started.text
+        if step is not None:
+            before = stopped_after(folder)
+            assert step <= before <= step + 1, "saved within one step"
+            assert checkpoint.load(folder / "run" / "last.pth")["step"] == before
+            assert f"stopped after step {before}, saved; go on with:" in started.text and "--resume" in started.text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_and_resumed_is_never_stopped(case, whole, tmp_path):
+    stop_and_resume(tmp_path, case, [2, 5], [2, 0, 1])
+    assert differences(whole(case), tmp_path) == []
+    table = metrics(tmp_path)
+    assert [row["step"] for row in table if "loss" in row] == [*range(1, STEPS + 1)]
+    assert [row["step"] for row in table if "val/mIoU" in row] == [4, 8]
+    csv_steps = [line.split(",")[0] for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    assert csv_steps == ["step", *(str(row["step"]) for row in table)]
+    assert (tmp_path / "run" / "DONE").read_text() == (whole(case) / "run" / "DONE").read_text()
+
+
+def stop_in_validation(index):
+    """SIGTERM to this process, once, when a validation picture is read."""
+    read = DrawnItem.read
+
+    def reading(self):
+        if (self.split, self.index) == ("val", index) and not Path("stopped").exists():
+            Path("stopped").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self)
+
+    DrawnItem.read = reading
+
+
+def test_stopped_during_a_validation(whole, tmp_path):
+    """The validation of step 4 is cut off after its first picture, and made again as a whole after the resume."""
+    change = partial(stop_in_validation, 0)
+    for part in ([], ["--resume"]):
+        started = train(tmp_path, *LENGTH, "--workers", "0", *part, change=change)
+        assert started.wait() == [0], started.text
+        if not part:
+            assert stopped_after(tmp_path) == 4 and "validation" not in started.text
+            assert not (tmp_path / "run" / "best.pth").exists()
+            assert checkpoint.load(tmp_path / "run" / "last.pth")["validated"] == 0
+    assert (tmp_path / "stopped").exists()
+    assert differences(whole("baseline"), tmp_path) == []
+
+
+def seed_only_at_the_start():
+    """Dropout from the global generator alone, as in codebases that seed once and restore weights on a resume."""
+    import utils.engine
+
+    class Torch:
+        manual_seed = staticmethod(lambda seed: None)
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    utils.engine.torch = Torch()
+
+
+def test_the_comparison_sees_one_wrong_draw(whole, tmp_path):
+    """The negative control: where dropout is no function of the step, the resumed run draws other masks, and everything differs."""
+    stop_and_resume(tmp_path, "baseline", [2], [0, 0], change=seed_only_at_the_start)
+    found = differences(whole("baseline", seed_only_at_the_start), tmp_path)
+    assert any(path.startswith("last.pth.student.head") for path in found) and "metrics" in found[-1]
+
+
+def kill_in_step(folder, case, step):
+    start, arguments = CASES[case]
+    started = start(folder, *arguments, *LENGTH, "--workers", "2")
+    started.until(f"step {step}/{STEPS}")
+    started.stop(signal.SIGKILL)
+    assert started.wait() == [-signal.SIGKILL]
+
+
+def test_killed_and_resumed_is_never_stopped(whole, tmp_path):
+    """kill -9 in step 5 or 6: goes on from the save at step 3, and the rows after it are written once."""
+    kill_in_step(tmp_path, "afdcd", 5)
+    assert max(row["step"] for row in metrics(tmp_path)) >= 5
+    started = distil(tmp_path, *CASES["afdcd"][1], *LENGTH, "--workers", "0", "--resume")
+    assert started.wait() == [0] and "going on from step 3" in started.text, started.text
+    assert differences(whole("afdcd"), tmp_path) == []
+
+
+def test_a_damaged_last_checkpoint_costs_steps_and_nothing_else(whole, tmp_path):
+    shutil.copytree(whole("baseline"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run" / "DONE").unlink()
+    last = tmp_path / "run" / "last.pth"
+    damaged = bytearray(last.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    last.unlink()
+    last.write_bytes(damaged)
+    started = train(tmp_path, *LENGTH, "--workers", "0", "--resume")
+    assert started.wait() == [0], started.text
+    assert "run/last.pth: damaged, its content does not match its checksum" in started.text and "going on from step 6" in started.text
+    assert differences(whole("baseline"), tmp_path) == []
+
+
+def test_two_ranks_stop_and_resume(tmp_path):
+    """SIGTERM to one rank alone stops both after the same step; the end is that of two ranks that were never stopped."""
+    folders = [tmp_path / "whole", tmp_path / "parts"]
+    for folder in folders:
+        folder.mkdir()
+    assert train(folders[0], *LENGTH, "--workers", "0", world=2).wait() == [0, 0]
+    started = train(folders[1], *LENGTH, "--workers", "1", world=2)
+    started.until(f"step 3/{STEPS}")
+    started.stop(rank=1)
+    assert started.wait() == [0, 0], started.text
+    assert 3 <= stopped_after(folders[1]) <= 5
+    started = train(folders[1], *LENGTH, "--workers", "0", "--resume", world=2)
+    assert started.wait() == [0, 0], started.text
+    assert differences(*folders) == []
+
+
+# ------------------------------------------------------------------------------------------------------------------------ slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, STEPS))
+@pytest.mark.parametrize("case", CASES)
+def test_every_stop_is_exact(case, step, whole, tmp_path):
+    stop_and_resume(tmp_path, case, [step], [step % 3, (step + 1) % 3])
+    assert differences(whole(case), tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(3))
+def test_torchrun_with_workers(attempt, tmp_path):
+    """SIGTERM to torchrun itself, which passes it to every process it started, the loader's workers included."""
+    arguments = [*TINY, *RUN, *LENGTH, "--max-iterations", "30", "--val-interval", "100", "--workers", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(REPOSITORY / "train_baseline.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+    def launch(folder, *more, stop_at=None):
+        process = subprocess.Popen([*command, *more], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if stop_at and line.startswith(f"step {stop_at}/"):
+                process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        return process.returncode, "".join(lines)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    assert launch(whole)[0] == 0
+    _, text = launch(parts, stop_at=5 + 3 * attempt)
+    assert "saved; go on with:" in text and "torchrun --nproc-per-node=2" in text, text
+    assert 0 <= stopped_after(parts) - (5 + 3 * attempt) <= 1
+    assert launch(parts, "--resume")[0] == 0
+    assert differences(whole, parts) == []

@@ -1,0 +1,353 @@
+"""Every script starts: launchers and the recipes of scripts/reproduce build the command that their headers promise, and it is legal.
+
+A stub in place of the interpreter prints the command line that a script ends in; the tests then resolve its options and build its
+networks and losses in this process, on the meta device. A few scripts run for real.
+"""
+
+import csv
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from losses import METHODS
+from tests.paths import REPOSITORY, shared
+from utils import session
+from utils.options import train_options
+
+SCRIPTS = sorted(REPOSITORY.glob("scripts/**/*.sh"))
+RECIPES = [path for path in SCRIPTS if path.parent.name == "reproduce" and path.name != "distil.sh"]
+LAUNCHERS = {  # flags without which there is no dry run
+    "train_baseline.sh": (),
+    "train_kd.sh": ("--teacher-model", "deeplabv3", "--teacher-backbone", "resnet18"),  # else the checkpoint says it
+}
+NETWORKS = {"DeepLabV3": "deeplabv3", "PSPNet": "pspnet", "R18": "resnet18", "R101": "resnet101", "MBV2": "mobilenetv2"}
+DATASETS = {"Cityscapes": "citys", "Pascal VOC": "voc", "CamVid": "camvid", "ADE20K": "ade20k", "COCO-Stuff": "coco_stuff_182"}
+
+
+def named(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory):
+    """An interpreter that prints its arguments, each with a NUL behind it."""
+    path = tmp_path_factory.mktemp("stub") / "python"
+    path.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    path.chmod(0o755)
+    return path
+
+
+def bash(*command, cwd, **variables) -> subprocess.CompletedProcess:
+    """bash with these variables and no other ones that a script could read."""
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    return subprocess.run(["bash", *map(str, command)], cwd=cwd, env=environment | variables, capture_output=True, text=True)
+
+
+def command_of(stub, *command, cwd, **variables) -> list[str]:
+    """The arguments that the script gives to the interpreter."""
+    done = bash(*command, cwd=cwd, **{"PYTHON": str(stub), "GPUS": "1"} | variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\0")[:-1]
+
+
+def options_of(arguments: list[str]):
+    """The options of a command line that a stub recorded, torchrun's part left out."""
+    program = next(index for index, argument in enumerate(arguments) if argument.endswith(".py"))
+    distil = Path(arguments[program]).name == "train_kd.py"
+    return train_options(arguments[program + 1 :], distil=distil, description="")
+
+
+@pytest.fixture(scope="module")
+def recipe(stub, tmp_path_factory):
+    """path -> options of a recipe's dry run, which is started from another folder and leaves nothing there."""
+
+    @functools.cache
+    def resolve(path):
+        folder = tmp_path_factory.mktemp("elsewhere")
+        options = options_of(command_of(stub, path, "--dry-run", cwd=folder))
+        assert not list(folder.iterdir())
+        return options
+
+    return resolve
+
+
+def header(path: Path) -> str:
+    """The comment at the top, without the #."""
+    lines = path.read_text().splitlines()[1:]
+    return "\n".join(line[1:].removeprefix(" ") for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+
+
+def commands(path: Path) -> list[str]:
+    """The lines of the header to paste, continued ones joined, that start a training."""
+    return re.findall(r"^  (.*bash scripts/(?:train|reproduce).*)", re.sub(r"\\\n\s+", "", header(path)), re.M)
+
+
+def numbers(text: str) -> dict:
+    """What a header's first sentence says: 'Af-DCD on CamVid: DeepLabV3-R101 -> PSPNet-R18, 360x360 crops, batch 16, 40k iterations, lr 0.02'."""
+    found = re.match(
+        rf".+? on (?P<dataset>{'|'.join(DATASETS)})[^:]*: ((?P<teacher>\S+) -> )?(?P<student>\S+), (?P<height>\d+)x(?P<width>\d+) crops,\s"
+        r"batch (?P<batch>\d+), (?P<iterations>\d+k?) iterations(, lr (?P<lr>[\d.e-]+), weight decay (?P<decay>[\d.e-]+))?\.\n",
+        text,
+    )
+    assert found, f"unusual first sentence: {text[:150]}"
+    said = found.groupdict()
+    return said | {"iterations": said["iterations"].replace("k", "000")}
+
+
+def network(name: str) -> tuple[str, str]:
+    model, backbone = name.split("-")
+    return NETWORKS[model], NETWORKS[backbone]
+
+
+# ------------------------------------------------------------------------------------------------------------------ all scripts
+
+
+@named(SCRIPTS)
+def test_parses(path):
+    done = bash("-n", path, cwd=REPOSITORY)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert max(map(len, path.read_text().splitlines())) <= 140
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
+def test_shellcheck():
+    done = subprocess.run(["shellcheck", "--shell=bash", "--severity=error", *SCRIPTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@named(SCRIPTS)
+def test_is_executable_where_it_has_a_shebang(path):
+    assert not path.read_text().startswith("#!") or os.access(path, os.X_OK), f"chmod +x {path.relative_to(REPOSITORY)}"
+
+
+@named([*RECIPES, *(REPOSITORY / "scripts" / name for name in LAUNCHERS)])
+def test_commands_in_the_header_are_legal(path, stub, tmp_path):
+    """They run as they are pasted, and the options that come of it are legal."""
+    (tmp_path / "scripts").symlink_to(REPOSITORY / "scripts")
+    assert any(command.split(".sh")[0].endswith(path.stem) for command in commands(path)), "no command of its own to paste"
+    for command in commands(path):
+        options_of(command_of(stub, "-c", command, cwd=tmp_path))
+
+
+@named(RECIPES)
+def test_variables_in_the_header_are_read(path):
+    text = "".join((REPOSITORY / "scripts" / name).read_text() for name in ("environment.sh", "train_baseline.sh", "reproduce/distil.sh"))
+    text += "".join(line for line in path.read_text().splitlines(True) if not line.startswith("#"))
+    names = re.findall(r"\b[A-Z][A-Z_]+(?==)|(?<![/\w])[A-Z]+_[A-Z_]+\b", header(path))
+    assert not [name for name in names if not re.search(rf"\${{?{name}\b", text)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.fixture(scope="module")
+def one_of_each_model():
+    """Networks are built once: a recipe's dry run does not change them."""
+    patch = pytest.MonkeyPatch()
+    for name in ("build_model", "count_macs"):
+        patch.setattr(session, name, functools.cache(getattr(session, name)))
+    yield
+    patch.undo()
+
+
+@named(RECIPES)
+def test_dry_run(path, recipe, one_of_each_model, tmp_path, monkeypatch):
+    """Networks and losses are built: terms are not counted twice, memories fit their limit. Nothing is read or written."""
+    monkeypatch.chdir(tmp_path)
+    with torch.device("meta"):
+        session.train(recipe(path), torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
+
+
+@named(RECIPES)
+def test_header_says_what_runs(path, recipe):
+    options, said = recipe(path), numbers(header(path))
+    assert DATASETS[said["dataset"]] == options.dataset
+    assert (options.student_model, options.student_backbone.removesuffix("_vanilla")) == network(said["student"])
+    if said["teacher"]:
+        assert (options.teacher_model, options.teacher_backbone.removesuffix("_vanilla")) == network(said["teacher"])
+    else:
+        assert options.label_assisted
+    assert options.crop_size == (int(said["height"]), int(said["width"]))
+    assert options.batch_size == int(said["batch"])
+    assert options.max_iterations == int(said["iterations"])
+    assert options.lr == float(said["lr"] or 0.02)
+    assert options.weight_decay == float(said["decay"] or 1e-4)
+    assert options.save_dir.startswith("runs/reproduce/") and options.resume
+
+
+@named(RECIPES)
+def test_header_tells_the_published_figure(path):
+    text = " ".join(header(path).split())
+    assert re.search(r"Published: mIoU \d|no published figure", text)
+    assert "Not run by this project" in text or "Run by this project" in text
+
+
+@named(RECIPES)
+def test_published_figure_is_on_record_with_these_settings(path):
+    text = header(path)
+    published = re.search(r"Published: mIoU (?P<miou>[\d.]+).*?\((?P<beside>[^()]+)\)\.", text, re.S)
+    if published is None:
+        pytest.skip("no published figure")
+    said = numbers(text)
+    alone, teacher = (re.search(pattern, published["beside"]) for pattern in (r"alone\s([\d.]+)", r"teacher\s([\d.]+)"))
+    expected = {
+        "distilled_miou": published["miou"], "student_baseline_miou": alone[1] if alone else "", "teacher_miou": teacher[1] if teacher else "",
+        "crop": f"{said['height']}x{said['width']}", "batch": said["batch"], "iterations": said["iterations"], "lr": said["lr"] or "0.02",
+    }  # fmt: skip
+
+    def agrees(row):
+        """Schedules that are in words ("120 epochs", "default") or missing are not compared; neither is a missing crop."""
+        if not row["dataset"].startswith(said["dataset"].removeprefix("Pascal ")):
+            return False
+        given = {key: row[key].split(" ")[0] for key in expected if "epochs" not in row[key]}
+        loose = {key for key in ("crop", "batch", "iterations", "lr") if not given.get(key, "")[:1].isdigit()}
+        return all(given[key] == value for key, value in expected.items() if key not in loose)
+
+    with open(shared("reference/published_results.csv"), newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["distilled_miou"] == published["miou"]]
+    assert any(map(agrees, rows)), rows
+
+
+PROMISES = {  # recipe: options of the training, options of methods
+    "afdcd_camvid_pspnet_resnet18": ({"lr_floor": 0}, {"afdcd.fd_weight": 8e-6, "afdcd.contrast_weight": 1e-2, "afdcd.kd_weight": 1}),
+    "aicsd_voc_deeplabv3_resnet18": ({"student_normalization": "imagenet"}, {"aicsd.ics_weight": 9500, "aicsd.upsample": True}),
+    "cirkd_voc_deeplabv3_resnet18": ({"student_head_after_dropout": True}, {"cirkd.memory_pixel_weight": 0.01, "cirkd.released_queue": True}),
+    "cirkdv2_citys_deeplabv3_resnet18": ({"student_head_width": 512}, {"cirkdv2.fitnet_weight": 1, "cirkdv2.channel_mse_weight": 100}),
+    "cwd_citys_deeplabv3_resnet18": (
+        {"loss_norm": "local", "aux_weight": 0.4},
+        {"cwd.logits_weight": 0, "cwd.head_weight": 50, "skd.kd_weight": 1, "skd.pairwise_weight": 0, "skd.adversarial_weight": 1e-3,
+         "skd.critic_weight": 0.1},
+    ),
+    "cwd_citys_pspnet_resnet18_original": ({"lr": 0.01}, {"cwd.logits_weight": 3, "cwd.logits_temperature": 4, "cwd.head_weight": 0}),
+    "dist_citys_deeplabv3_resnet18": ({"weight_decay": 5e-4, "lr_floor": 1e-4}, {"dist.aux_weight": 0.4}),
+    "ifvd_citys_pspnet_resnet18_original": ({}, {"ifvd.weight": 200, "ifvd.adversarial_weight": 0, "skd.objective": "wgan-gp"}),
+    "lad_voc_resnet18_student": ({"lr": 0.001, "aux_weight": 0.02}, {"cwd.logits_weight": 3, "cwd.logits_temperature": 4}),
+    "lad_voc_resnet18_teacher": ({"label_assisted": True, "aux_weight": 0.4}, {}),
+    "maskd_citys_deeplabv3_mobilenetv2": ({"weight_decay": 2e-4, "lr_floor": 1e-4}, {"maskd.logits_weight": 1}),
+    "mgd_citys_deeplabv3_resnet18": ({}, {"mgd.weight": 2e-5, "cwd.logits_weight": 3}),
+    "skd_citys_pspnet_resnet18_original": ({"weight_decay": 5e-4}, {"skd.kd_weight": 80, "skd.pairwise_weight": 0.5, "skd.penalty": 10}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_promised_values(name, recipe):
+    options = recipe(REPOSITORY / "scripts/reproduce" / f"{name}.sh")
+    training, methods = PROMISES[name]
+    assert {key: getattr(options, key) for key in training} == training
+    assert {key: getattr(options.methods[key.split(".")[0]], key.split(".")[1]) for key in methods} == methods
+    # a published value that a method may change its mind about stands in the script
+    assert all(options.sources[key] == "command line" for key, value in methods.items() if value)
+
+
+def test_every_method_has_a_recipe(recipe):
+    used = {name for path in RECIPES for name in recipe(path).methods}
+    assert not set(METHODS) - used
+
+
+# ---------------------------------------------------------------------------------------------------------------------- launching
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launcher_dry_run(name, stub, one_of_each_model, tmp_path, monkeypatch):
+    options = options_of(command_of(stub, REPOSITORY / "scripts" / name, "--dry-run", *LAUNCHERS[name], cwd=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with torch.device("meta"):
+        session.train(options, torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
+
+
+REAL = {
+    "train_baseline.sh": ("network: deeplabv3-resnet18", {}),
+    "eval.sh": ("missing.pth", {"CHECKPOINT": "missing.pth"}),
+    "reproduce/cwd_citys_deeplabv3_resnet18.sh": ("50 cwd/head + 1 skd/kd + 0.001 skd/adversarial + 0.1 skd/critic", {}),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_dry_run_for_real(name, tmp_path):
+    shown, variables = REAL[name]
+    variables |= {"PYTHON": sys.executable, "GPUS": "1", "OMP_NUM_THREADS": "1"}
+    done = bash(REPOSITORY / "scripts" / name, "--dry-run", cwd=tmp_path, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert shown in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_on_several_gpus(stub, tmp_path):
+    arguments = command_of(stub, REPOSITORY / "scripts/train_baseline.sh", "--amp", "bf16", cwd=tmp_path, GPUS="4")
+    program = str(REPOSITORY / "train_baseline.py")
+    assert arguments[:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", program]
+    assert arguments[-2:] == ["--amp", "bf16"]
+
+
+def test_torchrun_on_several_nodes(stub, tmp_path):
+    path = REPOSITORY / "scripts/train_kd.sh"
+    arguments = command_of(stub, path, cwd=tmp_path, GPUS="8", NNODES="2", NODE_RANK="1", MASTER_ADDR="first", METHOD="kd")
+    program = str(REPOSITORY / "train_kd.py")
+    assert arguments[:13] == ["-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--master-addr", "first",
+                              "--master-port", "29500", "--nproc-per-node", "8", program]  # fmt: skip
+    one_each = command_of(stub, path, cwd=tmp_path, GPUS="1", NNODES="2", NODE_RANK="0", MASTER_ADDR="first", MASTER_PORT="1234")
+    assert one_each[8:12] == ["--master-port", "1234", "--nproc-per-node", "1"]  # one process per node is still two
+
+
+@pytest.mark.parametrize("missing", ["NODE_RANK", "MASTER_ADDR"])
+def test_a_node_says_what_it_lacks(missing, stub, tmp_path):
+    variables = {"PYTHON": str(stub), "GPUS": "1", "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "first"}
+    del variables[missing]
+    done = bash(REPOSITORY / "scripts/train_baseline.sh", cwd=tmp_path, **variables)
+    assert done.returncode and f"set {missing}" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train_kd.sh", "reproduce/kd_citys_deeplabv3_resnet18.sh"])
+def test_paths_with_spaces(script, stub, tmp_path):
+    """The repository's, the data's, the teacher's and the run's; flags given to the script come last and win."""
+    copy = tmp_path / "my repository"
+    shutil.copytree(REPOSITORY / "scripts", copy / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    paths = {"DATA": "/my data/a set", "TEACHER": "my runs/best.pth", "SAVE_DIR": "my runs/kd run"}
+    arguments = command_of(stub, copy / "scripts" / script, "--seed", "3", "--lr", "0.5", cwd=tmp_path, **paths)
+    assert arguments[0] == str(copy / "train_kd.py")
+    options = options_of(arguments)
+    assert [options.data, options.teacher_checkpoint, options.save_dir] == list(paths.values())
+    assert (options.seed, options.lr) == (3, 0.5)
+
+
+def test_several_methods(stub, tmp_path):
+    arguments = command_of(stub, REPOSITORY / "scripts/train_kd.sh", cwd=tmp_path, METHOD="kd cwd", DATASET="camvid", DATA="/data/camvid")
+    assert arguments[1:4] == ["--method", "kd", "cwd"]
+    assert options_of(arguments).save_dir == "runs/camvid/deeplabv3-mobilenetv2-kd+cwd"
+
+
+def test_variables_of_a_recipe(stub, tmp_path):
+    variables = {"FD_WEIGHT": "4e-6", "CROP": "400 800", "BATCH": "4", "STUDENT": "student.pth", "HEAD_WIDTH": "64", "LOSS_NORM": "global"}
+    options = options_of(command_of(stub, REPOSITORY / "scripts/reproduce/afdcd_citys_resnet18.sh", "--dry-run", cwd=tmp_path, **variables))
+    assert (options.crop_size, options.batch_size, options.student_pretrained, options.student_head_width) == ((400, 800), 4, "student.pth", 64)
+    assert (options.methods["afdcd"].fd_weight, options.loss_norm) == (4e-6, "global")
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    """In a copy of the repository, in a folder with a space; the second run finds everything done."""
+    copy = tmp_path / "my copy"
+    shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache"))
+    variables = {"PYTHON": sys.executable, "TEACHER_STEPS": "2", "STUDENT_STEPS": "1", "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1"}
+    first = bash(copy / "scripts/quickstart.sh", cwd=tmp_path, **variables)
+    assert first.returncode == 0, first.stdout + first.stderr
+    output = copy / "runs/quickstart"
+    table = (output / "summary.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:6]] == ["| teacher", "| student", "| student + KD", "| student + Af-DCD"]
+    assert (output / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["my copy"]
+
+    written = (output / "teacher/last.pth").stat().st_mtime_ns
+    second = bash(copy / "scripts/quickstart.sh", cwd=tmp_path, **variables)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.stdout.count("done already") == 4
+    assert (output / "teacher/last.pth").stat().st_mtime_ns == written

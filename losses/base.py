@@ -71,7 +71,8 @@ class Method(nn.Module):
 
     `forward` gets the student's and the teacher's `SegOutput` (the teacher's tensors carry no gradient) and the `Batch` (target
     (B, H, W) uint8 with 255 = ignore, progress of the training in [0, 1]). It returns every active term, each a finite scalar
-    whose gradient reaches the student.
+    in float32, also under autocast (decorate the maths with `losses.functional.full_precision`), whose gradient reaches the student.
+    A term whose weight is 0 is not returned (`self.active(term)`), and nothing is built for it.
     """
 
     name: ClassVar[str]  # the file's name, set by losses/__init__.py

@@ -138,9 +138,9 @@ class _SimilarityKL(torch.autograd.Function):
                 if with_rows or with_keys:
                     gradient = log_student.exp_().sub_(probability)
                     if with_rows:
-                        row_gradient[rows] += gradient @ keys
+                        row_gradient[rows].addmm_(gradient, keys)
                     if with_keys:
-                        key_gradient[group] += gradient.T @ (scaled[rows] * weights[rows, None])
+                        key_gradient[group].addmm_(gradient.T, scaled[rows] * weights[rows, None])
         if with_rows:
             row_gradient *= weights[:, None] / temperature
         ctx.save_for_backward(row_gradient, key_gradient)

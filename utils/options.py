@@ -16,6 +16,9 @@ from models import BACKBONES, MODELS
 from models.segmentor import NORMALIZATIONS
 from models.weights import read_state
 
+SYNONYMS = {  # what other codebases call it
+    "--steps": ["--max-iterations"], "--epochs": ["--max-iterations"], "--learning-rate": ["--lr"], "--output-dir": ["--save-dir"],
+}  # fmt: skip
 METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
@@ -85,7 +88,7 @@ class _Parser(argparse.ArgumentParser):
             if not token.startswith("--"):
                 self.error(f"unexpected argument {token!r}")
             flag = token.split("=")[0]
-            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            close = SYNONYMS.get(flag, difflib.get_close_matches(flag, self._option_string_actions, 1))
             self.error(f"unknown option {flag}" + (f"; did you mean {close[0]}?" if close else "; --help lists all"))
         for dest, name in self.required:
             if not hasattr(given, dest):

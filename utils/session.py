@@ -71,6 +71,12 @@ def train(options: Options, device: torch.device) -> None:
         logger.info("%s\n%s", option_table(options), describe(distiller, teacher_model, options))
         return
 
+    selection = Split(options, options.spec.select_split, device)
+    reported = selection if options.spec.report_split == options.spec.select_split else Split(options, options.spec.report_split, device)
+    pictures = build_dataset(options.spec, options.data, "train", augment=options.spec.augment(options.crop_size), seed=options.seed)
+    sampler = EndlessSampler(
+        len(pictures), options.batch_size, rank=distributed.rank(), world=distributed.world(), seed=options.seed, accumulate=options.accumulate
+    )
     run = Run(options, [*["loss", *distiller.term_names, "gradient_norm", "lr", "seconds", "images_per_second"],
                         "val/mIoU", "val/aAcc", "val/mAcc"])  # fmt: skip
     log.setup(run.folder)
@@ -78,12 +84,6 @@ def train(options: Options, device: torch.device) -> None:
         run.check_same(student.config, teacher_id)
         logger.info("%s: done already\n%s", run.folder, (run.folder / "DONE").read_text(encoding="utf-8").strip())
         return
-    selection = Split(options, options.spec.select_split, device)
-    reported = selection if options.spec.report_split == options.spec.select_split else Split(options, options.spec.report_split, device)
-    pictures = build_dataset(options.spec, options.data, "train", augment=options.spec.augment(options.crop_size), seed=options.seed)
-    sampler = EndlessSampler(
-        len(pictures), options.batch_size, rank=distributed.rank(), world=distributed.world(), seed=options.seed, accumulate=options.accumulate
-    )
     resumed = run.start(student.config, teacher_id)
     logger.debug("%s", option_table(options))
     logger.info("%s", describe(distiller, teacher_model, options))

@@ -41,7 +41,7 @@ def main(options, device) -> None:
     loader = build_loader(pictures, EvalSampler(count, distributed.rank(), distributed.world()), workers=options.workers, device=device)
     model = model.to(device=device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
     inference = Inference(options.mode, options.window, options.stride, tuple(options.scales), options.flip)
-    output = Path(options.output or Path(options.checkpoint).parent / "eval" / split)
+    output = Path(options.output or Path(options.checkpoint).parent / "eval" / Path(options.checkpoint).stem / split)
     if distributed.is_main():
         output.mkdir(parents=True, exist_ok=True)
     distributed.barrier()

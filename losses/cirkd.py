@@ -49,7 +49,7 @@ class CIRKD(Method):
         region_queue: int = option(2000, "remembered regions per class", shapes=500)
         pixel_samples: int = option(4096, "remembered pixels of all classes together that one step compares with")
         region_samples: int = option(1024, "remembered regions of all classes together that one step compares with")
-        released_queue: bool = option(False, "remember the first positions of an image as the pixels of each class, as the released code does")
+        released_queue: bool = option(False, "store the first positions of an image as pixels of each class, as the released code does")
         memory_limit_mib: int = option(8192, "refuse queues that together take more than this on every process")
 
     def __init__(self, options, setup):

@@ -94,7 +94,8 @@ class CIRKDv2(CIRKD):
             terms["channel_mse"] = mean_square(student, teacher)
         if self.active("memory_channel"):
             queue = self.queues["channel"]
-            new = random_rows(distributed.gather(teacher), distributed.gather(self.uniform(batch, teacher.shape[1])), options.channel_updates)
+            noise = self.uniform(batch, teacher.shape[1])
+            new = random_rows(distributed.gather(teacher), distributed.gather(noise), options.channel_updates)
             queue.enqueue(new[None, None], torch.full((1, 1), len(new), device=new.device))
             keys = queue.sample(self.common_noise(batch, queue.size), options.channel_samples)[None]
             terms["memory_channel"] = similarity_kl(student.flatten(0, 1), keys, teacher.flatten(0, 1), keys, options.temperature)

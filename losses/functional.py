@@ -108,7 +108,8 @@ def similarity_kl(
     """
     if weights is None:
         weights = student.new_full((len(student),), 1 / len(student))
-    if block is None:  # three blocks are alive at once: 4 MiB each on a CPU, where larger ones are no faster; a GPU wants large products
+    # three blocks are alive at once: 4 MiB each on a CPU (8 MiB are 12 % faster at 64x128), 64 MiB on a GPU, which wants large products
+    if block is None:
         block = 1 << (24 if student.is_cuda else 20)
     return _SimilarityKL.apply(student, student_keys, teacher, teacher_keys, temperature, weights.to(student.dtype), block)
 

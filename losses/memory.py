@@ -43,21 +43,25 @@ class Queue(nn.Module):
         n vectors of one image go to the next n slots. Where fewer than n + 1 slots are left before the end, they go to the last n
         slots instead, and the pointer returns to 0 (the released rule). Needs size >= B * m, so that a call wraps once at most.
         """
-        images, _, most, _ = entries.shape
-        assert images * most <= self.size
+        slot, stored, pointer = self.slots(counts, entries.shape[2])
+        row = torch.where(stored, slot + self.size * torch.arange(self.num_classes, device=slot.device)[:, None], len(self.rows) - 1)
+        self.rows[row.flatten()] = (entries.to(self.rows.dtype) * stored[..., None]).flatten(0, 2)
+        self.pointer.copy_(pointer)
+
+    def slots(self, counts: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where `enqueue` writes: the slot of every vector and whether it is stored, both (B, K, most), and the next pointer (K,)."""
+        assert len(counts) * most <= self.size
         ends = counts.cumsum(0) + self.pointer  # (B, K): where the pointer would stand after each image on an endless queue
         wrapped = ends >= self.size
         first = wrapped & (wrapped.cumsum(0) == 1)  # the image that reaches the end
         overhang = (ends * first).sum(0)  # (K,): what the images after it start from
-        tail = self.size - (counts * first).sum(0)  # (K,): `size` where no image reaches the end
+        tail = self.size - (counts * first).sum(0)  # (K,): its first slot; `size` where no image reaches the end
         start = torch.where(first, tail, ends - counts - overhang * wrapped)
-        number = torch.arange(most, device=entries.device)
-        slot = start[..., None] + number  # (B, K, m)
-        # what the wrapping image overwrites in this very call is not written: two writes to one row have no order
+        number = torch.arange(most, device=counts.device)
+        slot = start[..., None] + number
+        # what the wrapping image overwrites in this very call is not written: on a GPU two writes to one row have no order
         stored = (number < counts[..., None]) & (wrapped[..., None] | (slot < tail[:, None]))
-        row = torch.where(stored, slot + self.size * torch.arange(self.num_classes, device=slot.device)[:, None], len(self.rows) - 1)
-        self.rows[row.flatten()] = (entries.to(self.rows.dtype) * stored[..., None]).flatten(0, 2)
-        self.pointer.copy_(ends[-1] - overhang)
+        return slot, stored, ends[-1] - overhang
 
     def sample(self, noise: Tensor, count: int) -> Tensor:
         """`count` slots, the same for every class, those with the smallest of the numbers noise (size,): (K * count, C)."""

@@ -114,6 +114,8 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         if not isinstance(info["config"], dict) or not isinstance(info["config"].get("model"), dict):
             raise ValueError(f"{path}: a {content['format']} checkpoint without the model's config; use another copy of it")
         state = content.get("student")
+        if content.get("average"):  # last.pth and best.pth of a run with --ema: what was evaluated
+            state = {key.removeprefix("module."): value for key, value in content["average"].items() if key != "n_averaged"}
     elif isinstance(content, dict) and "state_dict" in content:
         state = content["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):

@@ -36,9 +36,10 @@ def golden(name, method, terms, **given):
     """(entry, its inputs, the method with the entry's parameters, its batch)."""
     entry = reference.LOSSES[name]
     spec, tensors = entry["spec"], reference.inputs(entry["spec"])
+    weights = only(*terms, terms=V2_TERMS if method == "cirkdv2" else CIRKD_TERMS)
     built = reference.build(
         method, student={"head": spec["student_channels"]}, teacher={"head": spec["teacher_channels"]}, num_classes=spec["num_classes"],
-        crop=(8 * spec["H"], 8 * spec["W"]), global_batch=spec["B"], **only(*terms, terms=V2_TERMS if method == "cirkdv2" else CIRKD_TERMS), **given,
+        crop=(8 * spec["H"], 8 * spec["W"]), global_batch=spec["B"], **weights, **given,
     )  # fmt: skip
     reference.fill(built)
     built.uniform = ascending
@@ -207,6 +208,10 @@ def test_ring_wraps_as_one_image_after_the_other():
         for _ in range(12):
             entries = random.standard_normal((images, 6, most, 3)).astype(np.float32)
             counts = random.randint(0, most + 1, (images, 6)) * (random.rand(images, 6) < 0.8)
+            slot, stored, _ = queue.slots(torch.from_numpy(counts), most)
+            for k in range(6):
+                written = slot[:, k][stored[:, k]]
+                assert written.numel() == written.unique().numel(), "two writes to one slot have no order on a GPU"
             queue.enqueue(torch.from_numpy(entries), torch.from_numpy(counts))
             ring(rows, pointer, entries, counts)
             assert queue.pointer.tolist() == pointer.tolist()
@@ -382,7 +387,8 @@ def test_context_serves_the_feature_terms_alone():
     logits = {"logits": torch.randn(2, 5, 8, 8)}
     student_output = reference.outputs({"head": student, "logits": logits["logits"].clone().requires_grad_()})
     teacher_output = reference.outputs({"head": teacher, **logits})
-    both = [reference.build(name, **sizes(student={"head": 8, "logits": 5}, teacher={"head": 16, "logits": 5})) for name in ("cirkd", "cirkdv2")]
+    channels = {"student": {"head": 8, "logits": 5}, "teacher": {"head": 16, "logits": 5}}
+    both = [reference.build(name, **sizes(**channels)) for name in ("cirkd", "cirkdv2")]
     terms = [method(student_output, teacher_output, reference.batch_of(target)) for method in both]
     assert terms[0]["kd"].item() == terms[1]["kd"].item() == pytest.approx(0, abs=1e-6)
     assert terms[0]["minibatch_pixel"].item() != terms[1]["minibatch_pixel"].item()

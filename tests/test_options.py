@@ -96,8 +96,8 @@ def test_booleans():
 
 def test_crop_size(capsys):
     assert baseline("--crop-size", "64").crop_size == (64, 64) and baseline("--crop-size", "64", "96").crop_size == (64, 96)
-    message = refused(capsys, baseline, "--crop-size", "64", "96", "3")
-    assert message == "train_baseline.py: error: --crop-size 64 96 3: give one number, or height and width"
+    message = refused(capsys, baseline, "--crop-size", "64", "96", "128")
+    assert message == "train_baseline.py: error: --crop-size 64 96 128: give one number, or height and width"
 
 
 def test_validation_interval():
@@ -130,7 +130,10 @@ REFUSED = {  # script, arguments, message
     "value for a flag": ("train_baseline.py", ["--resume=yes"], "argument --resume/--no-resume: ignored explicit argument 'yes'"),
     "too small": ("train_baseline.py", ["--batch-size", "0"], "--batch-size 0: must be at least 1"),
     "negative": ("train_baseline.py", ["--lr", "-1"], "--lr -1.0: must be at least 0"),
-    "one of two": ("train_baseline.py", ["--crop-size", "64", "0"], "--crop-size 0: must be at least 1"),
+    "one of two": ("train_baseline.py", ["--crop-size", "64", "0"], "--crop-size 0: must be at least 32"),
+    "accumulate": ("train_baseline.py", ["--save-dir", "x", "--batch-size", "2", "--accumulate", "3"],
+                   "--batch-size 2: must be a multiple of --accumulate 3"),
+    "data of nothing": ("train_baseline.py", ["--save-dir", "x", "--data", "camvid"], "--data camvid: shapes has no files"),
     "not a number": ("train_baseline.py", ["--lr", "nan"], "--lr nan: must be at least 0"),
     "infinite": ("train_baseline.py", ["--max-minutes", "inf"], "--max-minutes inf: must be at least 0.001 and finite"),
     "average": ("train_baseline.py", ["--ema", "1"], "--ema 1.0: must be below 1, for example 0.999"),

@@ -4,9 +4,11 @@ A file is what `torch.save` writes, followed by a trailer with its SHA-256 (`tor
 no checksum itself, and 298 of 300 single-bit flips load silently with wrong weights (torch 2.15).
 """
 
+import errno
 import hashlib
 import io
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -41,7 +43,12 @@ def save(path: Path, content: dict, keep_previous: bool = False) -> None:
             os.fsync(file.fileno())
         if keep_previous and path.exists():
             link.unlink(missing_ok=True)
-            os.link(path, link)  # `path` itself never goes away, not even for a moment
+            try:
+                os.link(path, link)  # `path` itself never goes away, not even for a moment
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                shutil.copyfile(path, link)  # a file system without hard links
             os.replace(link, previous(path))
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -128,5 +135,8 @@ def load_last(path: Path, warn) -> dict | None:
 
 def fingerprint(path: Path) -> str:
     """SHA-256 of a file: how a run names its teacher."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

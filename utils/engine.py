@@ -76,11 +76,12 @@ class Training:
             optimizer.load_state_dict(state["optimizers"][name])
 
 
-def fit(training: Training, teacher: Teacher | None, loader, run: Run, validate) -> bool:
+def fit(training: Training, teacher: Teacher | None, loader, run: Run, validate, stop: StopSignal) -> bool:
     """Train until the budget is spent: True, or until a signal asks to stop: False, with everything saved.
 
     Args:
         loader: endless micro-batches of this rank, from `training.step` on.
+        stop: what the signals set.
         validate: (student, stop) -> Scores on the selection split; raises `Stopped` when `stop()` says so.
 
     Raises:
@@ -91,8 +92,8 @@ def fit(training: Training, teacher: Teacher | None, loader, run: Run, validate)
     record = Record([*distiller.term_names], check_gradients=not training.scaler.is_enabled())
     batches = iter(loader)
     complete = False
-    with StopSignal() as stop, progress_bar(options.max_iterations, training.step) as bar:
-        while not complete and not distributed.any_rank(stop.received):
+    with progress_bar(options.max_iterations, training.step) as bar:
+        while not distributed.any_rank(stop.received):
             complete = training.progress >= 1
             if (complete or training.step % options.val_interval == 0) and training.validated != training.step:
                 training.budget.pause()
@@ -109,7 +110,7 @@ def fit(training: Training, teacher: Teacher | None, loader, run: Run, validate)
                 record.check()
                 run.save_last(training.snapshot())
             training.budget.start()
-            micro = [next(batches).to(device) for _ in range(options.accumulate)]
+            micro = [next(batches).to(device, non_blocking=True) for _ in range(options.accumulate)]
             train_step(training, model, teacher, micro, record)
             bar.update()
             if training.step % options.log_interval == 0:

@@ -16,8 +16,11 @@ class _Console(logging.Handler):
     """Writes above a running progress bar instead of through it."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # a closed pipe or terminal must not end a training
+            pass
 
 
 def setup(folder: Path | None = None) -> logging.Logger:

@@ -186,8 +186,9 @@ def evaluate(model, loader, num_images: int, spec, device, inference=Inference()
     Raises:
         Stopped.
     """
-    training = model.training
+    training, benchmark = model.training, torch.backends.cudnn.benchmark
     model.eval()
+    torch.backends.cudnn.benchmark = False  # pictures have many sizes, each of which would be tuned for
     matrix = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=device)
     per_rank = -(-num_images // distributed.world())
     batches, seen = iter(loader), 0
@@ -210,6 +211,7 @@ def evaluate(model, loader, num_images: int, spec, device, inference=Inference()
                 bar.update(len(batch))
     finally:
         model.train(training)
+        torch.backends.cudnn.benchmark = benchmark
     images = int(distributed.total(torch.tensor(seen)).item())
     if images != num_images:
         raise RuntimeError(f"{images} pictures were evaluated, {num_images} expected")

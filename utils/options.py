@@ -179,7 +179,7 @@ def _add_teacher(parser):
 def _add_training(parser):
     group = parser.add_argument_group("training")
     add = parser.add
-    add(group, "crop-size", None, "training crop: one number or height width", recipe="crop", type=int, nargs="+", minimum=1)
+    add(group, "crop-size", None, "training crop: one number or height width", recipe="crop", type=int, nargs="+", minimum=32)
     add(group, "batch-size", None, "images per step on all ranks together", recipe="recipe.batch_size", type=int, minimum=1)
     add(group, "accumulate", 1, "micro-batches per step", minimum=1)
     add(group, "max-iterations", None, "length of the training in steps", recipe="recipe.max_iterations", type=int, minimum=1)
@@ -203,7 +203,8 @@ def _add_training(parser):
     add(group, "log-interval", 10, "steps between log lines", minimum=1)
     add(group, "val-interval", None, "steps between validations; none: a tenth of the training", type=int, minimum=1)
     add(group, "save-interval", 500, "steps between saves of last.pth", minimum=1)
-    add(group, "dry-run", False, "build the networks and losses, print every option with its source, and stop; reads no files")
+    add(group, "dry-run", False, "build the networks and losses, print every option with its source, and stop; reads no data, and no "
+        "checkpoint where the teacher's model and backbone are given")  # fmt: skip
 
 
 # what may differ between a run and its continuation
@@ -252,7 +253,7 @@ def eval_options(argv=None, *, description: str) -> Options:
     add(group, "limit", None, "evaluate the first N pictures alone", type=int, minimum=1)
     _add_device(parser)
     group = parser.add_argument_group("output")
-    add(group, "output", None, "folder of report.json and pictures; none: eval/<split> beside the checkpoint", type=str)
+    add(group, "output", None, "folder of report.json and pictures; none: eval/<checkpoint>/<split> beside it", type=str)
     add(group, "save-predictions", False, "write label pictures (palette PNG) of every image")
     add(group, "save-overlays", 0, "write overlays of the first N images", minimum=0)
     add(group, "dry-run", False, "print every option with its source, and stop; reads no files")
@@ -347,6 +348,10 @@ def _check_training(options: Options, given: dict) -> None:
         options.val_interval = max(1, options.max_iterations // 10)
     if not options.ema < 1:
         raise ValueError(f"--ema {options.ema}: must be below 1, for example 0.999")
+    if options.data is not None and not options.spec.source:
+        raise ValueError(f"--data {options.data}: {options.dataset} has no files; say with --dataset which data set the folder holds")
+    if options.batch_size % options.accumulate:
+        raise ValueError(f"--batch-size {options.batch_size}: must be a multiple of --accumulate {options.accumulate}")
     if options.spec.source and options.data is None and not options.dry_run:
         raise ValueError(f"--data is missing: the folder of {options.spec.name}; {options.spec.source}")
     if options.save_dir is None and not options.dry_run:

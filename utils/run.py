@@ -10,6 +10,7 @@
 """
 
 import csv
+import functools
 import json
 import os
 import platform
@@ -38,7 +39,6 @@ class Run:
         self.folder = Path(options.save_dir)
         self.options = options
         self.columns = ["step", *columns]
-        self.state = None
         self._check_folder()
 
     def _check_folder(self) -> None:
@@ -74,7 +74,11 @@ class Run:
         state = checkpoint.load_last(self.folder / "last.pth", logger.warning) if self.options.resume else None
         if state is not None:
             self._check_same_run(state["config"])
-            state["config"] = self.config
+            self._compare_machines(state["environment"])
+        steps = distributed.gather_text(str(state["step"] if state else 0))
+        if len(set(steps)) > 1:
+            raise ValueError(f"--save-dir {self.folder}: ranks find different checkpoints there (steps {', '.join(steps)}); "
+                             f"all nodes need the same shared folder")  # fmt: skip
         if distributed.is_main():
             # how it ended before, and what a kill in the middle of a save has left
             for path in (self.folder / "DONE", self.folder / "INTERRUPTED", *self.folder.glob(".*.tmp")):
@@ -82,6 +86,13 @@ class Run:
             self._write_arguments()
             self._truncate_metrics(state["step"] if state else 0)
         return state
+
+    def _compare_machines(self, old: dict) -> None:
+        """Warn where a resume cannot be bit for bit."""
+        now = environment()
+        for key in ("ranks", "threads", "torch", "device"):
+            if now[key] != old.get(key):
+                logger.warning("resumed with %s %s, was %s: the result will differ in its last digits", key, now[key], old.get(key))
 
     def check_same(self, model: dict, teacher: dict | None) -> None:
         """Raise when a finished run has other settings than asked for now."""
@@ -98,10 +109,10 @@ class Run:
         if (old["teacher"] or {}).get("sha256") != (self.config["teacher"] or {}).get("sha256"):
             differences.append(f"the teacher is {self.config['teacher']}, was {old['teacher']}")
         # through json, where tuples and lists are one
-        now, was = json.loads(json.dumps(self.config["options"])), json.loads(json.dumps(old["options"]))
+        now, was = (flatten(json.loads(json.dumps(options))) for options in (self.config["options"], old["options"]))
         for key in sorted(set(now) | set(was)):
             if key not in COSMETIC and now.get(key) != was.get(key):
-                differences.append(f"--{key.replace('_', '-')} is {now.get(key)}, was {was.get(key)}")
+                differences.append(f"--{key.replace('_', '-').replace('.', '-')} is {now.get(key)}, was {was.get(key)}")
         if differences:
             raise ValueError(f"--save-dir {self.folder}: holds another run ({'; '.join(differences)}); choose another folder, or the same settings")
 
@@ -176,10 +187,14 @@ class Run:
 
 
 class StopSignal:
-    """Turns the first SIGTERM or SIGINT into a flag; a second SIGINT stops at once, as usual."""
+    """Turns the first SIGTERM or SIGINT into a flag; a second SIGINT stops at once, as usual.
+
+    `status` is what the process should exit with then: 128 + the signal's number, as a shell expects of an interrupted command.
+    """
 
     def __init__(self):
         self.received = False
+        self.status = 128 + signal.SIGTERM  # of a rank that stops because another one was told to
 
     def __enter__(self):
         self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -192,12 +207,12 @@ class StopSignal:
     def _receive(self, number, _frame):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = True
+        self.received, self.status = True, 128 + number
 
 
 def command() -> str:
     """The command line of this process, for pasting; under torchrun with its number of processes."""
-    program = ["python"] if not distributed.launched() else ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
+    program = [sys.executable] if not distributed.launched() else ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
     return shlex.join([*program, *sys.argv])
 
 
@@ -215,6 +230,14 @@ def environment() -> dict:
     }
 
 
+def flatten(options: dict) -> dict:
+    """The methods' options beside the others, under "method.option"."""
+    methods = options.get("methods", {})
+    plain = {key: value for key, value in options.items() if key != "methods"}
+    return plain | {f"{method}.{key}": value for method, values in methods.items() for key, value in values.items()}
+
+
+@functools.cache  # of the code that runs, whatever happens to the files later
 def commit() -> str:
     """The commit of this code, with "-dirty" when files differ from it; "unknown" outside a git clone."""
     root = Path(__file__).parent.parent

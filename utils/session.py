@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,18 +19,21 @@ from utils import checkpoint, distributed, log
 from utils.distill import Distiller, LabelAssisted, Teacher
 from utils.engine import AMP, NonFiniteError, Training, fit
 from utils.log import logger
-from utils.metrics import Inference, evaluate
+from utils.metrics import Inference, Stopped, evaluate
 from utils.optim import build_optimizers
 from utils.options import Options, option_table
-from utils.run import Run, write_text
+from utils.run import Run, StopSignal, write_text
 
 
 def run_script(function, options: Options) -> None:
-    """Run a script's function on this process's device; what a user can mend ends in one line and exit status 2."""
+    """Run a script's function on this process's device and exit with the status it returns (None: 0); what a user can mend ends in
+    one line and status 2."""
     try:
         device = distributed.init(options.device, options.dist_timeout)
         log.setup()
-        function(options, device)
+        status = function(options, device)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
     except Exception as error:
         if not distributed.is_main():
             time.sleep(3)  # where rank 0 has the same to say, torchrun ends the others before they repeat it
@@ -37,23 +41,23 @@ def run_script(function, options: Options) -> None:
         sys.stdout.flush()
         os._exit(2)  # at once: a rank that waits for this one in a collective must see it go
     distributed.shutdown()
+    sys.exit(status)
 
 
 def explain(error: Exception) -> str:
     """One line for what this project refuses and what another rank caused; the traceback for everything else."""
     text = str(error).strip()
-    if "Original Traceback" in text:  # raised in a loader process: torch puts that process's traceback into the message
-        kind, _, message = text.splitlines()[-1].partition(": ")
-        return message if kind.endswith("DataError") else text
     if distributed.lost_peer(error):
         return f"another rank stopped or hangs; its own message says why ({text.splitlines()[0]})"
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    ours = isinstance(error, (ValueError, NonFiniteError)) and raised_in.is_relative_to(Path(__file__).parent.parent)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    here = Path(frame.filename).is_relative_to(Path(__file__).parent.parent) and "site-packages" not in frame.filename
+    # raised on purpose, not by an unpacking or a conversion that went wrong
+    ours = isinstance(error, (ValueError, NonFiniteError)) and here and (frame.line or "").startswith("raise")
     return text if ours else "".join(traceback.format_exception(error)).strip()
 
 
-def train(options: Options, device: torch.device) -> None:
-    """Train a network, alone or with a teacher and distillation methods, in `options.save_dir`."""
+def train(options: Options, device: torch.device) -> int | None:
+    """Train a network, alone or with a teacher and distillation methods, in `options.save_dir`; the exit status if interrupted."""
     set_deterministic(options)
     torch.manual_seed(options.seed)
     student = build_student(options)
@@ -68,7 +72,7 @@ def train(options: Options, device: torch.device) -> None:
     task = TaskLoss(options.aux_weight if "aux" in student.channels else 0.0)
     distiller = LabelAssisted(student, task, options.seed) if options.label_assisted else Distiller(student, task, methods)
     if options.dry_run:
-        logger.info("%s\n%s", option_table(options), describe(distiller, teacher_model, options))
+        logger.info("%s\n%s", option_table(options), describe(distiller, teacher_model, options, device))
         return
 
     selection = Split(options, options.spec.select_split, device)
@@ -86,7 +90,7 @@ def train(options: Options, device: torch.device) -> None:
         return
     resumed = run.start(student.config, teacher_id)
     logger.debug("%s", option_table(options))
-    logger.info("%s", describe(distiller, teacher_model, options))
+    logger.info("%s", describe(distiller, teacher_model, options, device))
 
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     distiller.to(device=device, memory_format=layout)
@@ -97,8 +101,14 @@ def train(options: Options, device: torch.device) -> None:
         logger.info("going on from step %d", training.step)
     sampler.start_step = training.step
     loader = build_loader(pictures, sampler, workers=options.workers, device=device)
-    if fit(training, teacher, loader, run, selection.evaluate):
-        report(training, run, selection, reported)
+    with StopSignal() as stop:
+        try:
+            if fit(training, teacher, loader, run, selection.evaluate, stop):
+                report(training, run, selection, reported, lambda: stop.received)
+                return None
+        except Stopped:
+            run.interrupted(training.step)
+    return stop.status
 
 
 def build_student(options: Options):
@@ -162,17 +172,17 @@ class Split:
         return evaluate(model, self.loader, len(self.pictures), self.spec, self.device, Inference(), self.amp, stop)
 
 
-def report(training: Training, run: Run, selection: Split, reported: Split) -> None:
+def report(training: Training, run: Run, selection: Split, reported: Split, stop) -> None:
     """Scores of the last and of the best student on the split that the field reports, once, at the end: report.json and DONE.
 
     The best was chosen on the selection split; where that is the reported one (Cityscapes, VOC), the table says so.
     """
     spec, rows = training.options.spec, {}
-    rows["last"] = rows["best"] = reported.evaluate(training.student)
+    rows["last"] = rows["best"] = reported.evaluate(training.student, stop)
     best = checkpoint.load(run.folder / "student_best.pth")
     if best["step"] != training.step:
         training.student.load_state_dict(best["student"])
-        rows["best"] = reported.evaluate(training.student)
+        rows["best"] = reported.evaluate(training.student, stop)
     chosen = f"best on {selection.name}" + (", which is the reported split itself" if reported is selection else "")
     last, best_miou = rows["last"].miou, rows["best"].miou
     text = f"{reported.name}: last (step {training.step}): mIoU {last:.2f}; {chosen} (step {best['step']}): mIoU {best_miou:.2f}"
@@ -187,7 +197,7 @@ def report(training: Training, run: Run, selection: Split, reported: Split) -> N
     run.finish(text)
 
 
-def describe(distiller: Distiller, teacher, options: Options) -> str:
+def describe(distiller: Distiller, teacher, options: Options, device: torch.device) -> str:
     """What is trained, in a few lines: networks with their size, terms with their weights, the ranks."""
     height, width = options.crop_size
 
@@ -205,7 +215,7 @@ def describe(distiller: Distiller, teacher, options: Options) -> str:
         lines.append(f"the methods add {extra / 1e6:.2f} M parameters during training")
     world = distributed.world()
     lines.append(f"{options.batch_size} images per step" + (f" on {world} ranks" if world > 1 else ""))
-    if world > 1 and not torch.cuda.is_available():
+    if world > 1 and device.type == "cpu":
         lines.append("BatchNorm normalises per rank: SyncBatchNorm exists on GPUs only")
     return "\n".join(lines)
 

@@ -16,9 +16,9 @@ prepare_environment() {
         if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
             PYTHON="$(command -v python)"
         else
-            if [ ! -x "$ROOT/.venv/bin/python" ]; then
+            if ! "$ROOT/.venv/bin/python" -m pip --version >/dev/null 2>&1; then
                 echo "creating an environment in $ROOT/.venv"
-                python3 -m venv "$ROOT/.venv"
+                python3 -m venv --clear "$ROOT/.venv"
             fi
             PYTHON="$ROOT/.venv/bin/python"
         fi
@@ -41,7 +41,10 @@ launch() {
             PYTHON="$(command -v python || command -v python3)"
         fi
     fi
-    local processes="${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+    local processes="${GPUS:-}"
+    if [ -z "$processes" ]; then
+        processes="$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')"
+    fi
     if [ "$processes" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
         exec "$PYTHON" "$ROOT/$script" "$@"
     fi

@@ -64,7 +64,8 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
     lines += ["", f"IoU per class on {split}, of the best on {selected}:", ""]
     lines += [f"| class | {' | '.join(reports)} |", "|---" * (1 + len(reports)) + "|"]
     for number, name in enumerate(spec.classes):
-        row = [f"{report['best']['iou'][number]:.2f}" for report in reports.values()]
+        values = [report["best"]["iou"][number] for report in reports.values()]
+        row = ["-" if value is None else f"{value:.2f}" for value in values]  # absent from the labels and from the predictions
         lines.append(f"| {name} | {' | '.join(row)} |")
     return "\n".join(lines), sheet(columns, spec.classes, spec.colours)
 

@@ -1,5 +1,6 @@
 """Confusion matrix, its scores, and the evaluation of a model on a data set."""
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ class Scores:
             miou=mean_of_present(iou), miou_all=float(np.nan_to_num(iou).mean()), aacc=float(aacc), macc=mean_of_present(accuracy),
             iou=iou.tolist(), accuracy=accuracy.tolist(), matrix=matrix.cpu().tolist(), images=images,
         )  # fmt: skip
+
+    def plain(self) -> dict:
+        """All of it for a json file, which knows no nan: null where a class is absent."""
+        known = {name: [None if math.isnan(v) else v for v in getattr(self, name)] for name in ("iou", "accuracy")}
+        return vars(self) | known
 
     def summary(self) -> dict[str, float]:
         return {"mIoU": self.miou, "aAcc": self.aacc, "mAcc": self.macc}
@@ -215,4 +221,7 @@ def evaluate(model, loader, num_images: int, spec, device, inference=Inference()
     images = int(distributed.total(torch.tensor(seen)).item())
     if images != num_images:
         raise RuntimeError(f"{images} pictures were evaluated, {num_images} expected")
-    return Scores.of(distributed.total(matrix), images, spec.scored)
+    matrix = distributed.total(matrix)
+    if not int(matrix.sum()):
+        raise ValueError(f"none of the {images} pictures has a labelled pixel; evaluate a split whose labels are public")
+    return Scores.of(matrix, images, spec.scored)

@@ -190,7 +190,7 @@ def report(training: Training, run: Run, selection: Split, reported: Split, stop
     content = {
         "split": reported.name, "selected_on": selection.name, "selection_miou": training.best,
         "classes": list(spec.classes), "seconds": training.budget.seconds,
-        "steps": {"last": training.step, "best": best["step"]}, **{name: vars(scores) for name, scores in rows.items()},
+        "steps": {"last": training.step, "best": best["step"]}, **{name: scores.plain() for name, scores in rows.items()},
     }  # fmt: skip
     if distributed.is_main():
         write_text(run.folder / "report.json", json.dumps(content, indent=1) + "\n")

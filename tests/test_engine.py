@@ -535,3 +535,21 @@ def test_interrupted_holds_a_command_that_goes_on(tmp_path):
     assert (folder / "my run" / "DONE").exists() and not (folder / "my run" / "INTERRUPTED").exists()
     assert shlex.split(command)[-1] == "--resume"
     assert [row["step"] for row in rows(folder / "my run")] == [1, 2, 2, 3, 4, 4]
+
+
+def test_a_damaged_checkpoint_does_not_replace_the_one_before(tmp_path):
+    """Going on from last.previous.pth, the next save must not move the damaged last.pth over it: it may fail or be damaged too."""
+    training, _, run = prepared(tmp_path)
+    for step in (1, 2):
+        training.step = step
+        run.save_last(training.snapshot())
+    last = tmp_path / "last.pth"
+    last.write_bytes(last.read_bytes()[:-100])
+    training, _, run = prepared(tmp_path, "--resume")
+    assert training.step == 1
+    training.step = 5
+    run.save_last(training.snapshot())
+    assert checkpoint.load(last)["step"] == 5 and checkpoint.load(checkpoint.previous(last))["step"] == 1
+    training.step = 6
+    run.save_last(training.snapshot())
+    assert checkpoint.load(last)["step"] == 6 and checkpoint.load(checkpoint.previous(last))["step"] == 5

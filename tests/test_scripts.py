@@ -312,7 +312,7 @@ def test_paths_with_spaces(script, stub, tmp_path):
     copy = tmp_path / "my repository"
     shutil.copytree(REPOSITORY / "scripts", copy / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     paths = {"DATA": "/my data/a set", "TEACHER": "my runs/best.pth", "SAVE_DIR": "my runs/kd run"}
-    arguments = command_of(stub, copy / "scripts" / script, "--seed", "3", "--lr", "0.5", cwd=tmp_path, **paths)
+    arguments = command_of(stub, copy / "scripts" / script, "--seed", "3", "--lr", "0.5", cwd=tmp_path, DATASET="camvid", **paths)
     assert arguments[0] == str(copy / "train_kd.py")
     options = options_of(arguments)
     assert [options.data, options.teacher_checkpoint, options.save_dir] == list(paths.values())

@@ -93,6 +93,15 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path}: damaged, its content does not match its checksum; use another copy or an earlier checkpoint")
 
 
+def intact(path: Path) -> bool:
+    """Whether there is a file that matches its checksum."""
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def load(path: Path) -> dict:
     """A verified checkpoint, on the CPU.
 

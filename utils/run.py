@@ -39,6 +39,7 @@ class Run:
         self.folder = Path(options.save_dir)
         self.options = options
         self.columns = ["step", *columns]
+        self._last_is_damaged = False
         self._check_folder()
 
     def _check_folder(self) -> None:
@@ -80,6 +81,8 @@ class Run:
             raise ValueError(f"--save-dir {self.folder}: ranks find different checkpoints there (steps {', '.join(steps)}); "
                              f"all nodes need the same shared folder")  # fmt: skip
         if distributed.is_main():
+            last = self.folder / "last.pth"
+            self._last_is_damaged = last.exists() and not checkpoint.intact(last)
             # how it ended before, and what a kill in the middle of a save has left
             for path in (self.folder / "DONE", self.folder / "INTERRUPTED", *self.folder.glob(".*.tmp")):
                 path.unlink(missing_ok=True)
@@ -155,7 +158,9 @@ class Run:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
 
     def save_last(self, state: dict) -> None:
-        self._save("last.pth", state, keep_previous=True)
+        # a damaged file must not take the place of the good one before it, which this run went on from
+        self._save("last.pth", state, keep_previous=not self._last_is_damaged)
+        self._last_is_damaged = False
 
     def save_best(self, state: dict, weights: dict) -> None:
         """`state`: as for `save_last`; `weights`: the state dict to deploy (the moving average where there is one)."""

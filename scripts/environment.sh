@@ -5,7 +5,7 @@
 #   several nodes: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, with torchrun's meaning
 
 set -euo pipefail
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # torchrun hands restarted ranks the dead attempt's addresses without it (pytorch issues 135712, 167288)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

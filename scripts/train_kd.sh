@@ -9,7 +9,10 @@
 METHOD=${METHOD:-afdcd}
 DATASET=${DATASET:-shapes}
 DATA=${DATA:-}
-TEACHER=${TEACHER:-runs/$DATASET/deeplabv3-resnet18/student_best.pth}
+if [ -z "${TEACHER:-}" ]; then # what train_baseline.sh trains by default
+    TEACHER=runs/$DATASET/deeplabv3-resnet18/student_best.pth
+    TEACHER_FLAGS=(--teacher-model deeplabv3 --teacher-backbone resnet18)
+fi
 MODEL=${MODEL:-deeplabv3}
 BACKBONE=${BACKBONE:-mobilenetv2}
 SAVE_DIR=${SAVE_DIR:-runs/$DATASET/$MODEL-$BACKBONE-${METHOD// /+}}
@@ -17,4 +20,4 @@ SAVE_DIR=${SAVE_DIR:-runs/$DATASET/$MODEL-$BACKBONE-${METHOD// /+}}
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 # METHOD is unquoted: it may name several
 launch train_kd.py --method $METHOD --dataset "$DATASET" ${DATA:+--data "$DATA"} --teacher-checkpoint "$TEACHER" \
-    --student-model "$MODEL" --student-backbone "$BACKBONE" --save-dir "$SAVE_DIR" --resume "$@"
+    ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} --student-model "$MODEL" --student-backbone "$BACKBONE" --save-dir "$SAVE_DIR" --resume "$@"

@@ -6,7 +6,13 @@ from .layers import conv_bn_relu
 
 
 class Head(nn.Module):
-    """Backbone stages -> (head, logits). A new head defines `features` and calls `__init__` with the channels that it returns.
+    """Backbone stages -> {"head": ..., "logits": ...}. A new head defines `features` and calls `__init__` with the channels that it
+    returns; its constructor takes (channels of c1..c4, width, num_classes, *, stride, head_after_dropout).
+
+    Class attributes:
+        stride: of the logits; None: that of c4.
+        intrinsic: names of further fields of SegOutput that `forward` returns, since the logits depend on them; the model then
+            builds no auxiliary head of its own for them.
 
     Args:
         width: channels of what `features` returns, the input of the 1x1 classifier.
@@ -14,6 +20,9 @@ class Head(nn.Module):
         head_after_dropout: return `head` behind the Dropout(0.1) instead of before it. The released CIRKD code does, so that the
             student's features carry dropout noise in training; in evaluation both are equal.
     """
+
+    stride: int | None = None
+    intrinsic: tuple[str, ...] = ()
 
     def __init__(self, width: int, num_classes: int, head_after_dropout: bool = False):
         super().__init__()
@@ -25,10 +34,10 @@ class Head(nn.Module):
         """(c1, c2, c3, c4) -> (B, width, h, w)."""
         raise NotImplementedError
 
-    def forward(self, stages: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def forward(self, stages: tuple[Tensor, ...]) -> dict[str, Tensor]:
         head = self.features(stages)
         dropped = self.dropout(head)
-        return (dropped if self.head_after_dropout else head), self.classifier(dropped)
+        return {"head": dropped if self.head_after_dropout else head, "logits": self.classifier(dropped)}
 
 
 class FCNHead(Head):

@@ -28,7 +28,7 @@ class Segmentor(nn.Module):
 
     Args:
         backbone: module with `.channels` whose forward returns (c1, c2, c3, c4).
-        head: (c1, c2, c3, c4) -> (head, logits).
+        head: (c1, c2, c3, c4) -> {"head": ..., "logits": ...}.
         config: see above; what is read here are aux, num_classes, normalization, in_channels and output_stride.
     """
 
@@ -36,15 +36,16 @@ class Segmentor(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.aux_head = FCNHead(backbone.channels[2], config["num_classes"], stage=2) if config["aux"] else None
+        extra = config["aux"] and "aux" not in head.intrinsic
+        self.aux_head = FCNHead(backbone.channels[2], config["num_classes"], stage=2) if extra else None
 
         self.config = dict(config)
         self.num_classes = config["num_classes"]
-        self.stride = config["output_stride"]
+        self.stride = head.stride or config["output_stride"]
         self.channels = {"logits": self.num_classes, "head": head.classifier.in_channels}
         for kind in "cp":
             self.channels.update({f"{kind}{number}": width for number, width in enumerate(backbone.channels, 1)})
-        if self.aux_head is not None:
+        if config["aux"]:
             self.channels["aux"] = self.num_classes
 
         order, mean, std = NORMALIZATIONS[config["normalization"]]
@@ -85,16 +86,16 @@ class Segmentor(nn.Module):
         needs = set(needs)
         if unknown := sorted(needs - set(FIELDS)):
             raise ValueError(f"no output is called {', '.join(map(repr, unknown))}; possible: {', '.join(FIELDS)}")
-        if "aux" in needs and self.aux_head is None:
+        if "aux" in needs and not self.config["aux"]:
             raise ValueError("'aux' was asked for, but this model has no auxiliary head; build it with aux=True")
 
         last = enumerate(getattr(self.backbone, "last_blocks", ()), 1)
         relus = {f"p{number}": block.relu for number, block in last if f"p{number}" in needs}
         with inputs_of(relus) if relus else nullcontext({}) as before_relu:
             stages = self.backbone(self.normalize(image))
-        fields = {f"{kind}{number}": stage for kind in "cp" for number, stage in enumerate(stages, 1)} | before_relu
-        if needs & {"head", "logits"}:
-            fields["head"], fields["logits"] = self.head(stages)
-        if "aux" in needs:
-            fields["aux"] = self.aux_head(stages)[1]
+        fields = {f"{kind}{number}": stage for kind in "cp" for number, stage in enumerate(stages[:4], 1)} | before_relu
+        if needs & {"head", "logits", *self.head.intrinsic}:
+            fields |= self.head(stages)
+        if "aux" in needs and self.aux_head is not None:
+            fields["aux"] = self.aux_head(stages)["logits"]
         return SegOutput(**{name: fields[name] for name in FIELDS if name in needs})

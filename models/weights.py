@@ -4,7 +4,7 @@ No file can run code: every load says `weights_only=True` literally (the environ
 TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 overrides a default, not an argument). Every key that finds no counterpart is reported.
 """
 
-import re
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,61 +15,13 @@ from torch import Tensor, nn
 
 from utils import checkpoint
 
-from . import build_model
+from . import BACKBONES, MODELS, backbones_of, build_model
+from .backbones import output_strides
+from .layouts import normalization_of, translate_keys
 from .segmentor import Segmentor
 
 FORMAT_PREFIX = "segkd/"  # what this project's checkpoints start their "format" with
 TORCHVISION_NAMES = {**{f"resnet{n}_vanilla": f"resnet{n}" for n in (18, 34, 50, 101)}, "mobilenetv2": "mobilenet_v2"}
-RESNETS = {  # (blocks per stage, bottleneck) -> name
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101",
-}
-HEADS = {"head.aspp.": "deeplabv3", "head.pyramid.": "pspnet"}  # keys that only this head has -> model
-
-
-class Layout(NamedTuple):
-    """The key names of another codebase: `mark` is found in some key of its files; all `rules` are applied in order."""
-
-    mark: str
-    rules: tuple[tuple[str, str], ...]
-
-
-LAYOUTS = {
-    # CIRKD, CIRKDv2, Af-DCD, DIST, LAD
-    "CIRKD line": Layout(
-        r"^pretrained\.",
-        (
-            (r"^pretrained\.(net\.)?", "backbone."),
-            (r"^head\.aspp\.b0\.", "head.aspp.0."),
-            (r"^head\.aspp\.b([123])\.block\.", r"head.aspp.\1."),
-            (r"^head\.aspp\.b4\.gap\.1\.", "head.pool.0."),  # gap.0 is the pooling itself
-            (r"^head\.aspp\.b4\.gap\.2\.", "head.pool.1."),
-            (r"^head\.aspp\.project\.", "head.project."),
-            (r"^head\.psp\.conv1\.", "head.pyramid.0."),
-            (r"^head\.psp\.conv2\.", "head.pyramid.1."),
-            (r"^head\.psp\.conv3\.", "head.pyramid.2."),
-            (r"^head\.psp\.conv4\.", "head.pyramid.3."),
-            (r"^auxlayer\.", "aux_head."),
-            (r"^(head|aux_head)\.block\.4\.", r"\1.classifier."),
-            (r"^(head|aux_head)\.block\.", r"\1.fuse."),
-        ),
-    ),
-    # MobileNetV2 blocks as one flat list (conv, BN, ReLU6, conv, ...); torchvision nests each conv, BN, ReLU6 in a list of its own
-    "flat MobileNetV2": Layout(
-        r"features\.1\.conv\.0\.weight$",
-        (
-            (r"(features\.\d+\.conv)\.([01])\.(?=[a-z])", r"\1.0.\2."),
-            (r"(features\.1\.conv)\.3\.", r"\1.1."),  # block 1 has no expansion, hence one list less
-            (r"(features\.1\.conv)\.4\.", r"\1.2."),
-            (r"(features\.(?!1\.)\d+\.conv)\.3\.", r"\1.1.0."),
-            (r"(features\.(?!1\.)\d+\.conv)\.4\.", r"\1.1.1."),
-            (r"(features\.(?!1\.)\d+\.conv)\.6\.", r"\1.2."),
-            (r"(features\.(?!1\.)\d+\.conv)\.7\.", r"\1.3."),
-        ),
-    ),
-}
 
 
 class Difference(NamedTuple):
@@ -126,59 +78,78 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return dict(state), info
 
 
-def is_foreign(state: dict[str, Tensor]) -> bool:
-    """Whether some key is named as in one of LAYOUTS."""
-    return any(re.search(layout.mark, key) for layout in LAYOUTS.values() for key in state)
-
-
-def translate_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under this project's names; names that no layout knows stay, so translated keys stay too."""
-    for layout in LAYOUTS.values():
-        if any(re.search(layout.mark, key) for key in state):
-            state = {apply(layout.rules, key): value for key, value in state.items()}
-    return state
-
-
-def apply(rules: tuple[tuple[str, str], ...], key: str) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
 def infer_config(state: dict[str, Tensor]) -> dict:
-    """Arguments of `build_model` that fit a state dict, from its names and shapes.
+    """Arguments of `build_model` that fit a state dict: of every backbone and every head, the one that has just these names and shapes.
 
     Names cannot tell the generation of a published model (CIRKD v1, CIRKDv2), widths do. The tensors do not show two things: the
-    output stride, taken to be 8 as in all CIRKD-line models, and the normalisation: "caffe-bgr" for names of another codebase, the
-    default "imagenet" for this project's.
+    output stride, taken to be the published one, and the normalisation: that of the codebase whose names the file has, the default
+    "imagenet" for this project's.
 
     Raises:
         ValueError: one line; the model is none that this project has.
     """
-    foreign = is_foreign(state)
+    normalization = normalization_of(state) or "imagenet"
     state = translate_keys(state)
-    model = next((name for mark, name in HEADS.items() if any(key.startswith(mark) for key in state)), None)
-    counts = tuple(len({key.split(".")[2] for key in state if key.startswith(f"backbone.layer{n}.")}) for n in (1, 2, 3, 4))
-    backbone = RESNETS.get((counts, "backbone.layer1.0.conv3.weight" in state))
-    if backbone and "backbone.conv3.weight" not in state:  # the deep stem's third convolution
-        backbone += "_vanilla"
-    if "backbone.features.17.conv.0.0.weight" in state:
-        backbone = "mobilenetv2"
-    classifier, first = state.get("head.classifier.weight"), state.get("backbone.conv1.weight", state.get("backbone.features.0.0.weight"))
-    if model is None or backbone is None or classifier is None or first is None or classifier.dim() != 4 or first.dim() != 4:
+    classifier = state.get("head.classifier.weight")
+    backbone, in_channels = find_backbone(part(state, "backbone."))
+    model = None
+    if backbone and classifier is not None and classifier.dim() == 4:
+        model = find_head(part(state, "head."), backbone, classifier.shape[1], classifier.shape[0])
+    if model is None:
         raise ValueError(
-            f"the weights fit no known model (head: {model or 'unknown'}, backbone: {backbone or 'unknown'}, first key: "
-            f"{next(iter(state))}); possible: {', '.join(HEADS.values())} on {', '.join(RESNETS.values())}, mobilenetv2"
+            f"the weights fit no known model (backbone: {backbone or 'unknown'}, head: unknown, first key: {next(iter(state))}); "
+            f"possible: {', '.join(MODELS)} on {', '.join(BACKBONES)}"
         )
     return {
         "model": model,
         "backbone": backbone,
         "num_classes": classifier.shape[0],
         "head_width": classifier.shape[1],
-        "aux": any(key.startswith("aux_head.") for key in state),
-        "normalization": "caffe-bgr" if foreign else "imagenet",
-        "in_channels": first.shape[1],
+        "aux": any(key.startswith("aux_head.") for key in state) or "aux" in MODELS[model].head.intrinsic,
+        "normalization": normalization,
+        "in_channels": in_channels,
     }
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, tuple[int, ...]]:
+    """{name without the prefix: shape} of one part of a network. `num_batches_tracked` is left out: old files lack it."""
+    return {
+        key.removeprefix(prefix): tuple(value.shape)
+        for key, value in state.items()
+        if key.startswith(prefix) and not key.endswith("num_batches_tracked")
+    }
+
+
+def find_backbone(shapes: dict[str, tuple[int, ...]]) -> tuple[str | None, int]:
+    """(name, input planes) of the backbone with these tensors, which may have a fourth input plane; (None, 3) if there is none."""
+    for name in BACKBONES:
+        own = part(empty_backbone(name).state_dict(), "")
+        if own.keys() == shapes.keys():
+            different = [(own[key], shapes[key]) for key in own if own[key] != shapes[key]]
+            if not different:
+                return name, 3
+            if len(different) == 1 and (different[0][0][:1] + (4,) + different[0][0][2:]) == different[0][1]:
+                return name, 4
+    return None, 3
+
+
+def find_head(shapes: dict[str, tuple[int, ...]], backbone: str, width: int, num_classes: int) -> str | None:
+    """The model whose head on this backbone has these tensors; None if there is none."""
+    channels = empty_backbone(backbone).channels
+    for name in MODELS:
+        if backbone in backbones_of(name):
+            with torch.device("meta"):
+                head = MODELS[name].head(channels, width, num_classes)
+            if part(head.state_dict(), "") == shapes:
+                return name
+    return None
+
+
+@functools.cache
+def empty_backbone(name: str) -> nn.Module:
+    """A backbone on the meta device: names and shapes without weights."""
+    with torch.device("meta"):
+        return BACKBONES[name](output_stride=output_strides(name)[-1], in_channels=3)
 
 
 # ------------------------------------------------------------------------------------------------------------ comparing, loading
@@ -284,7 +255,7 @@ def load_into(model: Segmentor, path: str | Path, *, allow_classifier_mismatch: 
         ValueError: see `read_state`; tensors that do not fit (one line, then the table).
     """
     state, info = read_state(path)
-    expected = "caffe-bgr" if is_foreign(state) else None
+    expected = normalization_of(state)
     if info["config"]:
         expected = info["config"]["model"].get("normalization")
 

@@ -55,7 +55,7 @@ def test_dilations():
 
 
 def test_impossible_stride():
-    with pytest.raises(ValueError, match="output stride 12 is not possible; choose one of 8, 16, 32"):
+    with pytest.raises(ValueError, match="output stride 12 is not possible with resnet18; choose one of 8, 16, 32"):
         build_model("pspnet", "resnet18", 19, output_stride=12)
 
 

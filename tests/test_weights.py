@@ -12,7 +12,8 @@ import torch
 import torchvision
 
 from models import build_model, count_parameters
-from models.weights import infer_config, load_backbone, load_into, model_from_checkpoint, read_state, translate_keys
+from models.layouts import translate_keys
+from models.weights import infer_config, load_backbone, load_into, model_from_checkpoint, read_state
 from tests.paths import GOLDEN, shared
 from utils import checkpoint
 

@@ -4,7 +4,8 @@
     python eval.py --checkpoint deeplabv3_resnet101_citys_best_model.pth --dataset citys --data DIR --scales 0.75 1 1.25 --flip
     torchrun --nproc-per-node 4 eval.py --checkpoint ... --data DIR --mode slide --window 512 --save-predictions
 
-The network is built from the checkpoint itself. The figures do not depend on the number of ranks or workers.
+The network is built from the checkpoint itself. The figures do not depend on the number of ranks or workers. Of a split without labels
+--save-predictions and --save-overlays write pictures, and there is no report.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dataset import EvalSampler, build_dataset, build_loader, get_spec
+from dataset import EvalSampler, build_dataset, build_loader
 from models import count_macs, count_parameters
 from models.weights import model_from_checkpoint
 from utils import distributed
@@ -23,7 +24,7 @@ from utils.log import logger
 from utils.metrics import Inference, Timed, evaluate
 from utils.options import eval_options, option_table
 from utils.run import command, environment, write_text
-from utils.session import run_script
+from utils.session import check_classes, run_script
 from utils.visualize import overlay, save_palette
 
 
@@ -32,11 +33,17 @@ def main(options, device) -> None:
         logger.info("%s", option_table(options))
         return
     model, found = model_from_checkpoint(options.checkpoint, normalization=options.normalization)
-    spec = get_spec(options.dataset)
-    if model.num_classes != spec.num_classes:
-        raise ValueError(f"checkpoint {options.checkpoint} has {model.num_classes} classes, {spec.name} has {spec.num_classes}; pass --dataset")
+    spec = options.spec
+    check_classes(model, options.checkpoint, spec)
     split = options.split or spec.report_split
     pictures = build_dataset(spec, options.data, split)
+    labelled = spec.splits[split].labelled
+    if not labelled and not (options.save_predictions or options.save_overlays):
+        other = "python -m scripts.submit predicts it for the test server" if spec.submission else "choose another split"
+        raise ValueError(f"--split {split}: {spec.name} has no labels there to compare with; {other}, or add --save-predictions or "
+                         "--save-overlays for pictures without scores")  # fmt: skip
+    if not labelled and is_label_assisted(model):
+        raise ValueError(f"{options.checkpoint}: a label-assisted teacher needs the labels that it would predict; give a student")
     count = min(options.limit or len(pictures), len(pictures))
     loader = build_loader(pictures, EvalSampler(count, distributed.rank(), distributed.world()), workers=options.workers, device=device)
     model = model.to(device=device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
@@ -51,7 +58,10 @@ def main(options, device) -> None:
     logger.info("%s\n%s, %s, %d pictures", found, spec.title, split, count)
     if is_label_assisted(model):
         logger.warning("a label-assisted teacher: it sees the labels, so the scores say how well it can teach, not how well it predicts")
-    scores = evaluate(model, loader, count, spec, device, timed, AMP[options.amp], visit=pictures_out)
+    scores = evaluate(model, loader, count, spec, device, timed, AMP[options.amp], visit=pictures_out, labelled=labelled)
+    if not labelled:
+        logger.info("%s: pictures alone, no scores and no report: %s of %s has no labels", output, split, spec.name)
+        return
     height, width = pictures.read(0)[1].shape
     macs = count_macs(model, height, width)
     logger.info("%s", scores.table(spec.classes))

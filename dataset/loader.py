@@ -4,6 +4,7 @@ import atexit
 import functools
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -90,7 +91,10 @@ def build_loader(dataset: SegDataset, sampler: EndlessSampler | EvalSampler, *, 
         batching = {"sampler": sampler, "batch_size": 1}
     else:
         batching = {"batch_sampler": sampler}
+    # Not the fork server, Python 3.14's default: its workers outlive a training that is killed, and copy what a fork shares.
+    context = "fork" if workers and sys.platform == "linux" else None
     # An iterator draws its workers' base seed from this generator; from the global one it would make a resume inexact.
     generator = torch.Generator().manual_seed(0)
     return _Loader(_Carried(dataset), **batching, num_workers=workers, collate_fn=_collate, worker_init_fn=_start_worker,
-                   persistent_workers=workers > 0, pin_memory=torch.device(device).type == "cuda", generator=generator)
+                   multiprocessing_context=context, persistent_workers=workers > 0, pin_memory=torch.device(device).type == "cuda",
+                   generator=generator)

@@ -102,6 +102,14 @@ class DrawnItem:
     split: str
     index: int
 
+    def files(self) -> tuple[str, ...]:
+        """None: it is drawn."""
+        return ()
+
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return SIZE, SIZE
+
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Image (SIZE, SIZE, 3) uint8 RGB and train ids (SIZE, SIZE) uint8."""
         return draw_scene(self.split, self.index)
@@ -112,6 +120,7 @@ class Drawn:
     """A split that is drawn instead of read."""
 
     split: str
+    labelled = True
 
     def find(self, root: Path | None) -> tuple[list[Item], list[str]]:
         return [DrawnItem(f"{self.split}_{index:04d}", self.split, index) for index in range(COUNTS[self.split])], []

@@ -92,7 +92,9 @@ def label_region(label: np.ndarray, scale: float, top: int, bottom: int, left: i
     # The same floating-point expression as OpenCV's: floor(x * (1 / scale)), where an integer division differs at some x.
     rows, columns = (np.minimum(np.floor(np.arange(start, stop) * (1 / scale)).astype(np.intp), length - 1)
                      for start, stop, length in ((top, bottom, label.shape[0]), (left, right, label.shape[1])))
-    return label[rows][:, columns]  # two takes: 7x faster than one two-dimensional gather
+    # Each take copies whole rows, of the transposed label the first time: 4x faster than label[rows][:, columns].
+    part = label[rows[0]: rows[-1] + 1, columns[0]: columns[-1] + 1]
+    return cv2.transpose(cv2.transpose(part).take(columns - columns[0], 0)).take(rows - rows[0], 0)
 
 
 def image_region(image: np.ndarray, scale: float, top: int, bottom: int, left: int, right: int) -> np.ndarray:

@@ -36,7 +36,10 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
     names = {json.loads((folder / "args.json").read_text(encoding="utf-8"))["options"]["dataset"] for folder in runs.values()}
     if len(names) > 1:
         raise ValueError(f"the runs are of different data sets: {', '.join(sorted(names))}; compare runs of one")
-    spec = get_spec(names.pop())
+    spec = get_spec(names.pop(), data)
+    for title, report in reports.items():
+        if report["classes"] != list(spec.classes):
+            raise ValueError(f"run {title!r} was trained on other classes than {spec.name} has; give the --data that it was trained on")
     split = next(iter(reports.values()))["split"]
     pictures = build_dataset(spec, data, split)
     chosen = np.linspace(0, len(pictures) - 1, rows).round().astype(int)  # evenly spaced, not picked for their looks

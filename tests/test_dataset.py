@@ -225,13 +225,17 @@ def test_every_truncation_is_refused(tmp_path, name):
 def test_every_entry_is_complete():
     for name, spec in SPECS.items():
         assert spec.name == name and "\n" not in spec.source
+        if spec.completion is not None:  # the user's own: tests/test_folder.py
+            assert spec.source and not spec.classes
+            continue
         assert len(spec.colours) == spec.num_classes == len(set(spec.classes)) == len(set(spec.colours))
         assert {"train", spec.select_split, spec.report_split} <= set(spec.splits)
         assert set(spec.pictures) <= set(spec.splits)
         assert spec.palette().shape == (256, 3) and (spec.palette()[IGNORE] == 255).all()
         assert spec.augment().crop == spec.crop and spec.augment((32, 48)).crop == (32, 48)
     assert {name: spec.num_classes for name, spec in SPECS.items()} == {
-        "shapes": 8, "camvid": 11, "citys": 19, "voc": 21, "ade20k": 150, "coco_stuff_164k": 171, "coco_stuff_182": 182}
+        "shapes": 8, "camvid": 11, "citys": 19, "voc": 21, "ade20k": 150, "coco_stuff_164k": 171, "coco_stuff_182": 182,
+        "coco_stuff_10k": 171, "folder": 0}
     assert get_spec("camvid").select_split == "val" and get_spec("camvid").report_split == "test"
     assert get_spec("voc").colours[1:3] == ((128, 0, 0), (0, 128, 0)) and get_spec("voc").colours[15] == (192, 128, 128)
 
@@ -250,6 +254,10 @@ def test_coco_stuff_numbers_the_171_classes_that_occur_in_order():
     assert [int(table.table[raw]) for raw in occurring] == list(range(171))
     assert [large.classes[raw] for raw in range(182) if table.refused[raw]] == [
         "street sign", "hat", "shoe", "eye glasses", "plate", "mirror", "window", "desk", "door", "blender", "hair brush"]
+    with_unlabelled = get_spec("coco_stuff_10k").splits["train"].label_map  # the same ids, shifted by the 0 for no label
+    assert [int(with_unlabelled.table[raw + 1]) for raw in occurring] == list(range(171)) and with_unlabelled.table[0] == IGNORE
+    assert np.flatnonzero(with_unlabelled.refused == 0).tolist() == [0, *(raw + 1 for raw in occurring)]
+    assert get_spec("coco_stuff_10k").classes == small.classes
     assert large.scored == tuple(occurring) and [large.classes[raw] for raw in large.scored] == list(small.classes)
 
 
@@ -326,8 +334,22 @@ def test_200_mutated_list_lines_are_refused_with_their_line(tmp_path):
             assert len(items) == 1 and len(problems) == 1 and problems[0].startswith(f"{tmp_path / 'list.txt'}:2: "), bad
     (tmp_path / "list.txt").write_text("a\na\n")
     assert "already in line 1" in layout.find(tmp_path)[1][0]
+    save(picture(), tmp_path / "JPEGImages/a.png")
+    (tmp_path / "list.txt").write_text(f"a\nJPEGImages/a.png {line.split()[1]}\n")
+    assert "'JPEGImages/a' is already in line 1" in layout.find(tmp_path)[1][0]
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00a\n")
     assert "cannot be read" in layout.find(tmp_path)[1][0]
+
+
+def test_pictures_of_a_list_have_names_of_their_own(tmp_path):
+    """Predictions are written under them: of two pictures with one file name, one would take the place of the other."""
+    paths = ["one/a.jpg", "two/a.jpg", "./two/b.c.jpg", "d.png"]
+    for path in paths:
+        save(picture(), tmp_path / path)
+    (tmp_path / "list.txt").write_text("".join(f"{path} d.png\n" for path in paths))
+    items, problems = Lists(("list.txt",), "{id}.jpg", "{id}.png", LabelMap.plain(21)).find(tmp_path)
+    assert [item.name for item in items] == ["one/a", "two/a", "b.c", "d"] and not problems
+    assert [Path(item.image) for item in items] == [tmp_path / path for path in paths]
 
 
 def test_missing_and_empty_data_say_where_to_get_it(tmp_path):

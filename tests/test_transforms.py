@@ -3,9 +3,12 @@
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from dataset.reading import IGNORE
+from dataset.layout import FilePair
+from dataset.reading import IGNORE, LabelMap
 from dataset.transforms import PAD_COLOUR, SCALES, Augment, Draw, apply, draw, scaled_length
+from scripts import plain
 
 
 def random_pair(rng, height, width):
@@ -104,3 +107,19 @@ def test_tiny_pictures_fill_a_crop(size):
 def test_impossible_augmentation_is_refused(arguments):
     with pytest.raises(ValueError, match="got"):
         Augment(**arguments)
+
+
+def test_the_plain_form_gives_the_same_sample(tmp_path):
+    """Labels bit for bit, images within one grey level, in five times the bytes."""
+    rng = np.random.default_rng(5)
+    label_map = LabelMap({0: IGNORE, 3: 0, 7: 1, 8: 2})
+    item = FilePair("a", str(tmp_path / "a.png"), str(tmp_path / "l.png"), label_map)
+    Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(item.image)
+    Image.fromarray(rng.choice(np.array([0, 3, 7, 8], np.uint8), (50, 70))).save(item.label)
+    for _ in range(40):
+        drawn = draw(rng, 50, 70, Augment((45, 52)))
+        image, target = apply(drawn, *item.read())
+        plain_image, plain_target = plain.training_sample(item, drawn)
+        np.testing.assert_array_equal(plain_target, target)
+        assert np.abs(plain_image.transpose(1, 2, 0) + np.float32(PAD_COLOUR) - image).max() <= 1.001
+        assert plain_image.nbytes + plain_target.nbytes == 5 * (image.nbytes + target.nbytes)

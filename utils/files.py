@@ -1,0 +1,18 @@
+"""Files that appear as a whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def replace_file(path: str | Path, content: str | bytes) -> None:
+    """Replace a small file as a whole, durably. OSError leaves what was there, and nothing beside it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or a loss of power after the rename may leave an empty file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,8 +1,6 @@
-"""What all heads share, and the one-convolution head that the auxiliary loss uses."""
+"""What all heads share."""
 
 from torch import Tensor, nn
-
-from .layers import conv_bn_relu
 
 
 class Head(nn.Module):
@@ -10,7 +8,7 @@ class Head(nn.Module):
     returns; its constructor takes (channels of c1..c4, width, num_classes, *, stride, head_after_dropout).
 
     Class attributes:
-        stride: of the logits; None: that of c4.
+        stride: of the logits; None: that of c4. Where it depends on the backbone the constructor sets it.
         intrinsic: names of further fields of SegOutput that `forward` returns, since the logits depend on them; the model then
             builds no auxiliary head of its own for them.
 
@@ -34,25 +32,16 @@ class Head(nn.Module):
         """(c1, c2, c3, c4) -> (B, width, h, w)."""
         raise NotImplementedError
 
+    def extend(self, stages: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The backbone's stages, and after them what auxiliary heads read inside this head; all methods here get what it returns."""
+        return stages
+
+    def auxiliary(self, channels: tuple[int, ...], num_classes: int) -> dict[str, "Head"]:
+        """This head's own auxiliary heads, on the extended stages, by the field that their logits become; {}: the model has the usual
+        one, `FCNHead` on c3."""
+        return {}
+
     def forward(self, stages: tuple[Tensor, ...]) -> dict[str, Tensor]:
         head = self.features(stages)
         dropped = self.dropout(head)
         return {"head": dropped if self.head_after_dropout else head, "logits": self.classifier(dropped)}
-
-
-class FCNHead(Head):
-    """3x3 convolution to a quarter of a stage's channels, then the classifier (Long et al., CVPR 2015, in its common short form).
-
-    Args:
-        in_channels: channels of the stage.
-        stage: its position in (c1, c2, c3, c4).
-    """
-
-    def __init__(self, in_channels: int, num_classes: int, stage: int):
-        width = in_channels // 4
-        super().__init__(width, num_classes)
-        self.stage = stage
-        self.fuse = conv_bn_relu(in_channels, width, 3)
-
-    def features(self, stages):
-        return self.fuse(stages[self.stage])

@@ -1,5 +1,6 @@
 """Layers that several heads share, and a look inside them."""
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch.nn.functional as F
@@ -10,6 +11,23 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, dilation: int
     """Convolution without bias that keeps the size, normalisation, ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
     return nn.Sequential(conv, norm(out_channels), nn.ReLU(inplace=True))
+
+
+def initialize(part: nn.Module) -> None:
+    """Kaiming-normal convolutions, fan out: as torchvision initialises its networks."""
+    for module in part.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def stages_of(blocks: Iterable[nn.Module], ends: tuple[int, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """Run the blocks one after the other; the outputs of those whose position is in `ends`."""
+    stages = []
+    for index, block in enumerate(blocks):
+        x = block(x)
+        if index in ends:
+            stages.append(x)
+    return tuple(stages)
 
 
 @contextmanager
@@ -30,14 +48,18 @@ def inputs_of(modules: dict[str, nn.Module]):
 
 
 class PooledBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d for maps pooled to 1x1, which trains on a batch of one image too.
+    """BatchNorm2d for maps that may have a single position, as those pooled to 1x1, which trains on a batch of one image too.
 
     One image then gives one value per channel. Its variance is 0 and its normalised value 0 whatever the image (torch raises), so
     such a batch is normalised with the running statistics, as in evaluation, and leaves them unchanged. SyncBatchNorm, which
     replaces this class when a model is converted, sees one value per rank and needs no such rule on two ranks or more.
     """
 
+    def is_single(self, x: Tensor) -> bool:
+        """Whether there is one value per channel."""
+        return x.numel() == x.shape[1]
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.numel() == x.shape[1]:
+        if self.training and self.is_single(x):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
         return super().forward(x)

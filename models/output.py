@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-FIELDS = ("logits", "head", "c4", "c3", "c2", "c1", "aux", "p4", "p3", "p2", "p1")
+FIELDS = ("logits", "head", "c4", "c3", "c2", "c1", "aux", "aux2", "detail", "p4", "p3", "p2", "p1")
+AUXILIARY = ("aux", "aux2", "detail")  # of auxiliary heads, for training alone
 
 
 class SegOutput:
@@ -11,7 +12,8 @@ class SegOutput:
     logits  (B, K, h, w)  class scores at the model's output stride, not upsampled
     head    (B, C, h, w)  input of the last 1x1 classifier
     c4..c1  (B, C, h, w)  stages of the backbone, c4 the deepest
-    aux     (B, K, h, w)  class scores of the auxiliary head
+    aux     (B, K, h, w)  class scores of the auxiliary head; aux2: of a second one
+    detail  (B, 1, h, w)  score of the detail head: is there a boundary? A logit
     p4..p1  (B, C, h, w)  the stages before the ReLU they end in; equal to c4..c1 where they end in none
 
     Immutable, and neither indexable nor iterable: `output[-1]` raises TypeError, since a position means another tensor in every

@@ -3,23 +3,17 @@
 from collections.abc import Iterable
 from contextlib import nullcontext
 
-import torch
 from torch import Tensor, nn
 
-from .head import FCNHead, Head
+from .fcn import FCNHead
+from .head import Head
 from .layers import inputs_of
-from .output import FIELDS, SegOutput
-
-# name: (channel order, mean, standard deviation) in units of 0..255
-NORMALIZATIONS = {
-    "imagenet": ("RGB", (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)),
-    "caffe-bgr": ("BGR", (104.00698793, 116.66876762, 122.67891434), (1.0, 1.0, 1.0)),  # the published weights of the CIRKD line
-    "none": ("RGB", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # fed as it is
-}
+from .normalization import Normalized
+from .output import AUXILIARY, FIELDS, SegOutput
 
 
-class Segmentor(nn.Module):
-    """A segmentation network that owns its normalisation, since that is part of what its weights mean.
+class Segmentor(Normalized):
+    """A segmentation network with its normalisation.
 
     `models.build_model` builds one from names. Attributes:
         config: arguments that make `build_model` build the same architecture again.
@@ -33,50 +27,38 @@ class Segmentor(nn.Module):
     """
 
     def __init__(self, backbone: nn.Module, head: Head, config: dict):
-        super().__init__()
+        super().__init__(config)
         self.backbone = backbone
         self.head = head
-        extra = config["aux"] and "aux" not in head.intrinsic
-        self.aux_head = FCNHead(backbone.channels[2], config["num_classes"], stage=2) if extra else None
+        wanted = {"aux": config["aux"], "aux2": config["aux"], "detail": config["detail"]}
+        auxiliary = head.auxiliary(backbone.channels, config["num_classes"]) if any(wanted.values()) else {}
+        if config["aux"] and not auxiliary and "aux" not in head.intrinsic:
+            stage = getattr(backbone, "aux_stage", 2)
+            auxiliary["aux"] = FCNHead(backbone.channels, backbone.channels[stage] // 4, config["num_classes"], stage=stage)
+        self.aux_head, self.aux2_head, self.detail_head = (auxiliary.get(name) if wanted[name] else None for name in AUXILIARY)
 
-        self.config = dict(config)
         self.num_classes = config["num_classes"]
         self.stride = head.stride or config["output_stride"]
         self.channels = {"logits": self.num_classes, "head": head.classifier.in_channels}
         for kind in "cp":
             self.channels.update({f"{kind}{number}": width for number, width in enumerate(backbone.channels, 1)})
-        if config["aux"]:
+        if "aux" in head.intrinsic:
             self.channels["aux"] = self.num_classes
+        self.channels.update({name: part.classifier.out_channels for name, part in self.auxiliary.items()})
 
-        order, mean, std = NORMALIZATIONS[config["normalization"]]
-        self.bgr = order == "BGR"
-        # not persistent: the name in `config` says it all, and published checkpoints have no such keys
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+    @property
+    def auxiliary(self) -> dict[str, Head]:
+        """The auxiliary heads by the field that each computes."""
+        heads = {name: getattr(self, f"{name}_head") for name in AUXILIARY}
+        return {name: head for name, head in heads.items() if head is not None}
 
     @property
     def norms(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Weight and bias of the last BatchNorm in front of p1..p4 by their names; {} for backbones whose stages end in no ReLU."""
+        """Weight and bias of the last BatchNorm in front of p1..p4 by their names; {} for backbones whose stages end in no ReLU, or in
+        that of a sum of several maps."""
         blocks = getattr(self.backbone, "last_blocks", ())
         layers = [getattr(block, "bn3", block.bn2) for block in blocks]
         return {f"p{number}": (layer.weight.detach(), layer.bias.detach()) for number, layer in enumerate(layers, 1)}
-
-    def normalize(self, image: Tensor) -> Tensor:
-        """(B, 3 or 4, H, W) RGB in 0..255, any dtype -> what the backbone expects, in the model's dtype.
-
-        A model with four input channels gets the fourth as it is, zeros if the image has none.
-        """
-        expected = self.config["in_channels"]
-        if image.dim() != 4 or image.shape[1] not in (3, expected):
-            possible = "3" if expected == 3 else "3 or 4"
-            raise ValueError(f"image has shape {tuple(image.shape)}; this model takes (B, {possible}, H, W)")
-        image = image.to(torch.promote_types(self.mean.dtype, torch.float32))  # 0..255 minus a mean needs more than bfloat16's 8 bits
-        colour = image[:, :3].flip(1) if self.bgr else image[:, :3]
-        colour = (colour - self.mean) / self.std
-        if expected == 4:
-            fourth = image[:, 3:] if image.shape[1] == 4 else torch.zeros_like(image[:, :1])
-            colour = torch.cat([colour, fourth], dim=1)
-        return colour.to(self.mean.dtype)
 
     def forward(self, image: Tensor, needs: Iterable[str] = ("logits",)) -> SegOutput:
         """(B, 3, H, W) uint8 or float, RGB in 0..255 -> SegOutput with the fields that are named in `needs`.
@@ -86,16 +68,21 @@ class Segmentor(nn.Module):
         needs = set(needs)
         if unknown := sorted(needs - set(FIELDS)):
             raise ValueError(f"no output is called {', '.join(map(repr, unknown))}; possible: {', '.join(FIELDS)}")
-        if "aux" in needs and not self.config["aux"]:
-            raise ValueError("'aux' was asked for, but this model has no auxiliary head; build it with aux=True")
+        for name in AUXILIARY:
+            if name in needs and name not in self.channels:
+                head, flag = {"aux": ("auxiliary", "aux"), "aux2": ("second auxiliary", "aux"), "detail": ("detail", "detail")}[name]
+                raise ValueError(f"{name!r} was asked for, but this model has no {head} head; build it with {flag}=True")
 
-        last = enumerate(getattr(self.backbone, "last_blocks", ()), 1)
-        relus = {f"p{number}": block.relu for number, block in last if f"p{number}" in needs}
+        last = enumerate(getattr(self.backbone, "last_relus", ()), 1)
+        relus = {f"p{number}": relu for number, relu in last if f"p{number}" in needs}
         with inputs_of(relus) if relus else nullcontext({}) as before_relu:
             stages = self.backbone(self.normalize(image))
         fields = {f"{kind}{number}": stage for kind in "cp" for number, stage in enumerate(stages[:4], 1)} | before_relu
-        if needs & {"head", "logits", *self.head.intrinsic}:
+        auxiliary = {name: head for name, head in self.auxiliary.items() if name in needs}
+        of_head = needs & {"head", "logits", *self.head.intrinsic}
+        if of_head or auxiliary:
+            stages = self.head.extend(stages)
+        if of_head:
             fields |= self.head(stages)
-        if "aux" in needs and self.aux_head is not None:
-            fields["aux"] = self.aux_head(stages)["logits"]
+        fields |= {name: head(stages)["logits"] for name, head in auxiliary.items()}
         return SegOutput(**{name: fields[name] for name in FIELDS if name in needs})

@@ -15,13 +15,21 @@ from torch import Tensor, nn
 
 from utils import checkpoint
 
-from . import BACKBONES, MODELS, backbones_of, build_model
+from . import BACKBONES, MODELS, backbones_of, build_model, default_width, of_backbone
 from .backbones import output_strides
-from .layouts import normalization_of, translate_keys
+from .layouts import UNREAD, normalization_of, translate_keys
+from .output import AUXILIARY
 from .segmentor import Segmentor
 
 FORMAT_PREFIX = "segkd/"  # what this project's checkpoints start their "format" with
 TORCHVISION_NAMES = {**{f"resnet{n}_vanilla": f"resnet{n}" for n in (18, 34, 50, 101)}, "mobilenetv2": "mobilenet_v2"}
+TORCHVISION_NAMES |= {f"mobilenetv3_{size}{plain}": f"mobilenet_v3_{size}" for size in ("small", "large") for plain in ("", "_vanilla")}
+# what their authors call the file, where it is not NAME-imagenet.pth, the CIRKD line's name
+IMAGENET_FILES = {f"mit_b{size}": f"mit_b{size}.pth" for size in range(6)} | {
+    "hrnet_w18": "hrnetv2_w18_imagenet_pretrained.pth", "stdc1": "STDCNet813M_73.91.tar", "stdc2": "STDCNet1446_76.47.tar",
+    "ddrnet23_slim": "DDRNet23s_imagenet.pth",
+}  # fmt: skip
+MOBILENETV3_EPSILON = 1e-3  # of BatchNorm in torchvision
 
 
 class Difference(NamedTuple):
@@ -55,7 +63,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{path}: not loaded ({type(error).__name__}: {reason}); it is damaged, or holds more than tensors and plain values, "
-            f"which could run code; fetch it again, or have its author save the state_dict alone"
+            f"which could run code; fetch it again, or take out its weights with python -m scripts.convert_checkpoint"
         ) from error
 
     info = {"format": "state_dict", "config": None}
@@ -89,6 +97,7 @@ def infer_config(state: dict[str, Tensor]) -> dict:
         ValueError: one line; the model is none that this project has.
     """
     normalization = normalization_of(state) or "imagenet"
+    first = next(iter(state))
     state = translate_keys(state)
     classifier = state.get("head.classifier.weight")
     backbone, in_channels = find_backbone(part(state, "backbone."))
@@ -97,7 +106,7 @@ def infer_config(state: dict[str, Tensor]) -> dict:
         model = find_head(part(state, "head."), backbone, classifier.shape[1], classifier.shape[0])
     if model is None:
         raise ValueError(
-            f"the weights fit no known model (backbone: {backbone or 'unknown'}, head: unknown, first key: {next(iter(state))}); "
+            f"the weights fit no known model (backbone: {backbone or 'unknown'}, head: unknown, first key: {first}); "
             f"possible: {', '.join(MODELS)} on {', '.join(BACKBONES)}"
         )
     return {
@@ -106,6 +115,7 @@ def infer_config(state: dict[str, Tensor]) -> dict:
         "num_classes": classifier.shape[0],
         "head_width": classifier.shape[1],
         "aux": any(key.startswith("aux_head.") for key in state) or "aux" in MODELS[model].head.intrinsic,
+        "detail": any(key.startswith("detail_head.") for key in state),
         "normalization": normalization,
         "in_channels": in_channels,
     }
@@ -136,10 +146,10 @@ def find_backbone(shapes: dict[str, tuple[int, ...]]) -> tuple[str | None, int]:
 def find_head(shapes: dict[str, tuple[int, ...]], backbone: str, width: int, num_classes: int) -> str | None:
     """The model whose head on this backbone has these tensors; None if there is none."""
     channels = empty_backbone(backbone).channels
-    for name in MODELS:
+    for name in sorted(MODELS, key=lambda name: default_width(name, backbone) != width):  # UPerNet and its lite form differ in width alone
         if backbone in backbones_of(name):
             with torch.device("meta"):
-                head = MODELS[name].head(channels, width, num_classes)
+                head = MODELS[name].head(channels, width, num_classes, **of_backbone(MODELS[name].head_options, backbone, {}))
             if part(head.state_dict(), "") == shapes:
                 return name
     return None
@@ -220,7 +230,7 @@ def model_from_checkpoint(
         raise ValueError(f"{path}: {error}") from error
     if num_classes not in (None, model.num_classes):
         raise ValueError(f"{path} has {model.num_classes} classes, the data set has {num_classes}; give a checkpoint trained on it")
-    report = load_matching(model, translate_keys(state), str(path), allowed=lambda row: False)
+    report = load_matching(model, translate_keys(state), str(path), allowed=lambda row: row.key.startswith(UNREAD))
     built = model.config
     return model, (
         f"{built['model']} {built['backbone']}, {model.num_classes} classes, head width {built['head_width']}, "
@@ -246,7 +256,7 @@ def fit_label_plane(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Te
 def load_into(model: Segmentor, path: str | Path, *, allow_classifier_mismatch: bool = False) -> str:
     """Start an existing model from a whole checkpoint; returns a report for the log with every key that was not matched.
 
-    The auxiliary head may be on one side only. Backbone and head must fit.
+    The auxiliary head may be on one side only. Backbone and head must fit; a file that holds a backbone alone fills that.
 
     Args:
         allow_classifier_mismatch: keep the model's own classifiers where the file's have another number of classes.
@@ -255,23 +265,31 @@ def load_into(model: Segmentor, path: str | Path, *, allow_classifier_mismatch: 
         ValueError: see `read_state`; tensors that do not fit (one line, then the table).
     """
     state, info = read_state(path)
-    expected = normalization_of(state)
-    if info["config"]:
-        expected = info["config"]["model"].get("normalization")
+    expected, state = expected_normalization(state, info), translate_keys(state)
+    if not any(key.startswith("backbone.") for key in state):
+        return f"a backbone alone: {load_backbone(model, path)}"
 
     def allowed(row: Difference) -> bool:
         if row.problem == "wrong shape":
-            return allow_classifier_mismatch and ".classifier." in row.key
-        return row.key.startswith("aux_head.")
+            return allow_classifier_mismatch and "classifier." in row.key
+        return row.key.startswith((UNREAD, *(f"{name}_head." for name in AUXILIARY)))
 
-    state = fit_label_plane(model, translate_keys(state))
-    return load_matching(model, state, str(path), allowed) + normalization_note(model, expected)
+    return load_matching(model, fit_label_plane(model, state), str(path), allowed) + normalization_note(model, expected)
+
+
+def expected_normalization(state: dict[str, Tensor], info: dict) -> str | None:
+    """What the network in a file, as `read_state` returns it, expects at its input; None where nothing tells."""
+    if info["config"]:
+        return info["config"]["model"].get("normalization")
+    # the CIRKD line's ImageNet files are known by their deep stem
+    return normalization_of(state) or ("caffe-bgr" if "conv3.weight" in state else None)
 
 
 def load_backbone(model: Segmentor, source: str | Path) -> str:
     """Start the backbone of `model` from "imagenet", a file, or not at all ("none"); returns a report for the log.
 
-    Files: torchvision's ResNet and MobileNetV2 state dicts, and the CIRKD line's (deep stem). Their ImageNet classifier is not used.
+    Files: torchvision's state dicts of the ResNets and MobileNets, the CIRKD line's (deep stem, MobileNetV3), those of the authors of
+    SegFormer (MiT), HRNet, STDC and DDRNet. Their ImageNet classifier is not used.
 
     Raises:
         ValueError: see `load_imagenet` and `read_state`; tensors that do not fit (one line, then the table).
@@ -280,9 +298,8 @@ def load_backbone(model: Segmentor, source: str | Path) -> str:
         return "random weights"
     if str(source) == "imagenet":
         return load_imagenet(model.backbone, model.config["backbone"]) + normalization_note(model, "imagenet")
-    state, _ = read_state(source)
-    # what its authors feed to the deep stem; of other files it is not known
-    expected = "caffe-bgr" if "conv3.weight" in state else None
+    state, info = read_state(source)
+    expected = expected_normalization(state, info) or ("imagenet" if model.config["backbone"] in IMAGENET_FILES else None)
     return load_trunk(model.backbone, state, str(source)) + normalization_note(model, expected)
 
 
@@ -297,7 +314,8 @@ def load_imagenet(backbone: nn.Module, name: str) -> str:
     """
     if name not in TORCHVISION_NAMES:
         sibling = f"use {name}_vanilla, which has its stem, or " if f"{name}_vanilla" in TORCHVISION_NAMES else ""
-        raise ValueError(f"torchvision has no ImageNet weights for {name}; {sibling}give a file, such as {name}-imagenet.pth, or 'none'")
+        file = IMAGENET_FILES.get(name, f"{name}-imagenet.pth")
+        raise ValueError(f"torchvision has no ImageNet weights for {name}; {sibling}give a file, such as {file}, or 'none'")
     url = torchvision.models.get_model_weights(TORCHVISION_NAMES[name]).IMAGENET1K_V1.url
     try:
         state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
@@ -312,9 +330,24 @@ def load_imagenet(backbone: nn.Module, name: str) -> str:
 
 def load_trunk(backbone: nn.Module, state: dict[str, Tensor], source: str) -> str:
     """A classification network's weights into a backbone; only its classifier may be left over."""
-    leftover = ("fc.", "classifier.", "features.18.", "conv.")  # the last two: MobileNetV2's 1280 channels before its classifier
-    state = fit_label_plane(backbone, translate_keys(state))
+    # the last two: MobileNetV2's 1280 channels before its classifier
+    leftover = ("fc.", "classifier.", "head.", "features.18.", "conv.", *getattr(backbone, "leftover", ()))
+    state = translate_keys(state)
+    if backbone.state_dict().keys().isdisjoint(state):  # the names of torchvision's segmentation networks, which lack this part
+        state = {key.removeprefix("features."): value for key, value in state.items()}
+    state = fit_label_plane(backbone, fit_epsilon(backbone, state))
     return load_matching(backbone, state, source, lambda row: row.problem == "unexpected" and row.key.startswith(leftover))
+
+
+def fit_epsilon(backbone: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's MobileNetV3 with variances that give the same outputs in a backbone whose BatchNorm adds another epsilon."""
+    if "classifier.3.weight" not in state:  # the ImageNet classifier, which files of other origin lack
+        return state
+    state = dict(state)
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and f"{name}.running_var" in state:
+            state[f"{name}.running_var"] = state[f"{name}.running_var"] + (MOBILENETV3_EPSILON - module.eps)
+    return state
 
 
 def normalization_note(model: Segmentor, expected: str | None) -> str:

@@ -36,12 +36,13 @@ class APD(Method):
         kd_weight: float = term_weight(
             0.5, "weight of plain KD: the published 10 divided by the number of classes",
             shapes=1.25, camvid=0.91, citys=0.526, voc=0.476, ade20k=0.067, coco_stuff_164k=0.058, coco_stuff_182=0.055,
+            coco_stuff_10k=0.058,
         )  # fmt: skip
         similarity_weight: float = term_weight(10.0, "weight of the KL divergence of the similarities to the centroids")
         centroid_weight: float = term_weight(10.0, "weight of the distance of the centroids")
         adaptor_weight: float = term_weight(1.0, "weight of the cross-entropy that trains the teacher's adaptor")
-        scale: float = option(10.0, "factor on the cosine similarities before the softmax")
-        adaptor_lr: float = option(1e-5, "learning rate of the Adam that trains the teacher's adaptor")
+        scale: float = option(10.0, "factor on the cosine similarities before the softmax", above=0)
+        adaptor_lr: float = option(1e-5, "learning rate of the Adam that trains the teacher's adaptor", minimum=0)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)
@@ -53,7 +54,7 @@ class APD(Method):
             self.teacher_adaptor = adaptor(setup.teacher["head"], setup.teacher["head"])
 
     def own_optimizer(self):
-        return torch.optim.Adam(self.teacher_adaptor.parameters(), lr=self.options.adaptor_lr) if self.active("adaptor") else None
+        return torch.optim.Adam(self.teacher_adaptor.parameters(), lr=self.options.adaptor_lr, fused=True) if self.active("adaptor") else None
 
     def forward(self, student, teacher, batch):
         options, terms = self.options, {}

@@ -9,6 +9,8 @@ Shape letters used in every file: B images on this process, K classes, C channel
 """
 
 import dataclasses
+import math
+import operator
 from dataclasses import dataclass, field
 from typing import ClassVar
 from zlib import crc32
@@ -19,25 +21,34 @@ from torch import Tensor, nn
 IGNORE = 255  # label value of pixels that count nowhere
 
 
-def option(default, help, *, choices=None, when=None, **per_dataset):
+BOUNDS = {  # keyword of `option` -> what an error says, and the test
+    "minimum": ("at least", operator.ge), "above": ("above", operator.gt), "maximum": ("at most", operator.le), "below": ("below", operator.lt),
+}  # fmt: skip
+
+
+def option(default, help, *, choices=None, minimum=None, above=None, maximum=None, below=None, when=None, **per_dataset):
     """One setting of a method, and its command line flag.
 
     Args:
         default: value on data sets that are not named in `per_dataset`; its type is the flag's type (a tuple: several values).
         help: one line for `--help` and the generated documentation.
         choices: allowed values.
+        minimum, maximum: smallest and largest number allowed.
+        above, below: bounds that are not themselves allowed. Numbers are finite, whatever the bounds.
         when: `(other_option, value, {"default": ..., dataset: ...})`: other defaults when another option of the method has
             that value.
         per_dataset: defaults per data set, by its name in `dataset/specs.py`.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "when": when, "per_dataset": per_dataset})
+    given = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
+    bounds = {name: number for name, number in given.items() if number is not None}
+    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds, "when": when, "per_dataset": per_dataset})
 
 
 def term_weight(default, help="", *, when=None, **per_dataset):
     """The weight of one term of the loss, which names the term: field `logits_weight` weighs `terms["logits"]`; a field that is
     called `weight` weighs the term that is called like the method. A weight of 0 switches the term off: it is not computed, and
     what it alone needs should not be built (`self.active(term)`)."""
-    return option(float(default), help, when=when, **{name: float(value) for name, value in per_dataset.items()})
+    return option(float(default), help, minimum=0, when=when, **{name: float(value) for name, value in per_dataset.items()})
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,8 @@ class Method(nn.Module):
         return {}
 
     def own_optimizer(self) -> torch.optim.Optimizer | None:
-        """An optimizer for parameters of this method that must not be trained by the student's (an adversarial critic's Adam)."""
+        """An optimizer for parameters of this method that must not be trained by the student's (an adversarial critic's Adam).
+        Fused: what is not reads its count of steps back."""
         return None
 
     def uniform(self, batch, *shape: int) -> Tensor:
@@ -138,6 +150,9 @@ def resolve(method: type[Method], dataset: str, given: dict) -> tuple[object, di
     """The method's options for a data set: (Options, source of each value). `given` are the values of the command line.
 
     Precedence: command line, then the data set's value, then the default; `when` chooses the table they are taken from.
+
+    Raises:
+        ValueError: a value is out of its option's bounds.
     """
     values, sources = {}, {}
     fields = {f.name: f for f in dataclasses.fields(method.Options)}
@@ -153,4 +168,14 @@ def resolve(method: type[Method], dataset: str, given: dict) -> tuple[object, di
             values[name], sources[name] = table[dataset], f"data set {dataset}"
         else:
             values[name], sources[name] = table["default"], "default"
+        check_bounds(f"--{method.name}-{name}".replace("_", "-"), values[name], meta["bounds"])
     return method.Options(**values), sources
+
+
+def check_bounds(flag: str, value, bounds: dict[str, float]) -> None:
+    """ValueError where a number, or one of several, is not finite or out of `bounds`, named as in BOUNDS."""
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        finite = not isinstance(number, float) or math.isfinite(number)
+        if not finite or not all(BOUNDS[name][1](number, bound) for name, bound in bounds.items()):
+            wanted = [f"{BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items()] + ["finite"] * (not finite)
+            raise ValueError(f"{flag} {number}: must be {' and '.join(wanted)}")

@@ -32,13 +32,13 @@ class BPKD(Method):
     class Options:
         body_weight: float = term_weight(20.0, "weight of the channel-wise term outside the edges")
         edge_weight: float = term_weight(50.0, "weight of the pixel-wise term on the edges")
-        temperature: float = option(1.0, "softmax temperature T of both terms")
-        kernel: int = option(7, "side in pixels of the square that widens and narrows the classes, odd")
+        temperature: float = option(1.0, "softmax temperature T of both terms", above=0)
+        kernel: int = option(7, "side in pixels of the square that widens and narrows the classes, odd", minimum=3)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)
-        if options.kernel < 3 or options.kernel % 2 == 0:
-            raise ValueError(f"--bpkd-kernel {options.kernel}: must be odd and at least 3")
+        if options.kernel % 2 == 0:
+            raise ValueError(f"--bpkd-kernel {options.kernel}: must be odd")
 
     def forward(self, student, teacher, batch):
         options, terms = self.options, {}

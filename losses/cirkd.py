@@ -41,16 +41,16 @@ class CIRKD(Method):
         minibatch_pixel_weight: float = term_weight(1.0, "weight of the relation between the pixels of a batch")
         memory_pixel_weight: float = term_weight(0.1, "weight of the relation to remembered pixels", voc=0.01)
         memory_region_weight: float = term_weight(0.1, "weight of the relation to remembered regions", voc=0.01)
-        temperature: float = option(0.1, "softmax temperature of the similarities")
+        temperature: float = option(0.1, "softmax temperature of the similarities", above=0)
         gather: bool = option(
             False, "compare the images of all ranks instead of each rank's own (with one image per rank that is the image with itself)"
         )
-        pixel_queue: int = option(20000, "remembered pixels per class (published: 20000, with SegFormer 2000)", shapes=2000)
-        region_queue: int = option(2000, "remembered regions per class", shapes=500)
-        pixel_samples: int = option(4096, "remembered pixels of all classes together that one step compares with")
-        region_samples: int = option(1024, "remembered regions of all classes together that one step compares with")
+        pixel_queue: int = option(20000, "remembered pixels per class (published: 20000, with SegFormer 2000)", minimum=1, shapes=2000)
+        region_queue: int = option(2000, "remembered regions per class", minimum=1, shapes=500)
+        pixel_samples: int = option(4096, "remembered pixels of all classes together that one step compares with", minimum=1)
+        region_samples: int = option(1024, "remembered regions of all classes together that one step compares with", minimum=1)
         released_queue: bool = option(False, "store the first positions of an image as pixels of each class, as the released code does")
-        memory_limit_mib: int = option(8192, "refuse queues that together take more than this on every process")
+        memory_limit_mib: int = option(8192, "refuse queues that together take more than this on every process", minimum=1)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

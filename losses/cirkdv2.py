@@ -40,9 +40,9 @@ class CIRKDv2(CIRKD):
         minibatch_channel_weight: float = term_weight(1.0, "weight of the relation between the channels of a batch")
         channel_mse_weight: float = term_weight(100.0, "weight of the squared difference of the normalised channels")
         memory_channel_weight: float = term_weight(0.1, "weight of the relation to remembered channels")
-        channel_queue: int = option(10000, "remembered channels")
-        channel_updates: int = option(256, "channels that one step adds to the memory, from all ranks together")
-        channel_samples: int = option(2048, "remembered channels that one step compares with")
+        channel_queue: int = option(10000, "remembered channels", minimum=1)
+        channel_updates: int = option(256, "channels that one step adds to the memory, from all ranks together", minimum=1)
+        channel_samples: int = option(2048, "remembered channels that one step compares with", minimum=1)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)
@@ -54,11 +54,9 @@ class CIRKDv2(CIRKD):
         self.channel_terms = [term for term in self.weights if "channel" in term]
         if self.channel_terms:
             self.project_channels = Projection(student, teacher)
-        if self.active("memory_channel") and not 0 < options.channel_updates <= options.channel_queue:
-            raise ValueError(
-                f"--{self.name}-channel-updates {options.channel_updates}: must be at least 1 and at most "
-                f"--{self.name}-channel-queue, {options.channel_queue}"
-            )
+        if self.active("memory_channel") and options.channel_updates > options.channel_queue:
+            raise ValueError(f"--{self.name}-channel-updates {options.channel_updates}: must be at most --{self.name}-channel-queue, "
+                             f"{options.channel_queue}")  # fmt: skip
 
     @property
     def grid(self) -> tuple[int, int]:

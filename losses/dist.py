@@ -29,8 +29,8 @@ class DIST(Method):
     class Options:
         logits_weight: float = term_weight(1.0, "weight of the term on the logits")
         aux_weight: float = term_weight(0.4, "weight of the term on the auxiliary logits, left out where a model has no auxiliary head")
-        beta: float = option(1.0, "factor of the correlation across classes")
-        gamma: float = option(1.0, "factor of the correlation across pixels")
+        beta: float = option(1.0, "factor of the correlation across classes", minimum=0)
+        gamma: float = option(1.0, "factor of the correlation across pixels", minimum=0)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

@@ -28,7 +28,7 @@ class DKD(Method):
     class Options:
         tckd_weight: float = term_weight(1.0, "alpha, weight of the target class term")
         nckd_weight: float = term_weight(2.0, "beta, weight of the non-target class term")
-        temperature: float = option(1.0, "softmax temperature T")
+        temperature: float = option(1.0, "softmax temperature T", above=0)
 
     def forward(self, student, teacher, batch):
         teacher_logits = resize_like(teacher.logits, student.logits)

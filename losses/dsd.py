@@ -35,7 +35,7 @@ class DSD(Method):
         psd_weight: float = term_weight(1000.0, "weight of the pixel-wise similarity")
         csd_weight: float = term_weight(10.0, "weight of the category-wise similarity")
         level: str = option("c3", "the first level; the others are the last classifier's input and output", choices=("c3", "aux"))
-        temperature: float = option(4.0, "softmax temperature of the class maps")
+        temperature: float = option(4.0, "softmax temperature of the class maps", above=0)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

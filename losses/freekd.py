@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from losses.base import Method, option, term_weight
 from losses.functional import full_precision, labels_like, resize_like
-from losses.tokens import check_token_options, label_entropy, masked_mean, overlap, token_masks
+from losses.tokens import label_entropy, masked_mean, overlap, token_masks
 
 
 class FreeKD(Method):
@@ -37,16 +37,13 @@ class FreeKD(Method):
         prompt_weight: float = term_weight(1.0, "weight of the masked teacher's cross-entropy, which trains the tokens")
         diversity_weight: float = term_weight(1.0, "weight of the overlap of the masks, which trains the tokens")
         feature: str = option("c4", "which features are compared", choices=("c4", "head"))
-        levels: int = option(3, "how often the low band is split")
-        tokens: int = option(8, "number of tokens, hence masks of a band")
-        pretrain: float = option(0.25, "share of the training, at its start, in which the tokens learn")
-        tokens_lr: float = option(1e-3, "learning rate of the Adam that trains the tokens and their classifier")
+        levels: int = option(3, "how often the low band is split", minimum=1)
+        tokens: int = option(8, "number of tokens, hence masks of a band", minimum=2)
+        pretrain: float = option(0.25, "share of the training, at its start, in which the tokens learn", minimum=0, maximum=1)
+        tokens_lr: float = option(1e-3, "learning rate of the Adam that trains the tokens and their classifier", minimum=0)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)
-        check_token_options(self.name, options)
-        if options.levels < 1:
-            raise ValueError(f"--freekd-levels {options.levels}: must be at least 1")
         self.needs = (options.feature,)
         student, teacher = setup.student[options.feature], setup.teacher[options.feature]
         self.learns = self.active("prompt") or self.active("diversity")
@@ -64,7 +61,7 @@ class FreeKD(Method):
         if not self.learns:
             return None
         classifier = self.classifier.parameters() if self.active("prompt") else ()
-        return torch.optim.Adam([self.tokens, *classifier], lr=self.options.tokens_lr)
+        return torch.optim.Adam([self.tokens, *classifier], lr=self.options.tokens_lr, fused=True)
 
     def factors(self, progress):
         return dict.fromkeys(("prompt", "diversity"), float(progress < self.options.pretrain))

@@ -121,29 +121,32 @@ class _SimilarityKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, student_keys, teacher, teacher_keys, temperature, weights, block):
         with_rows, with_keys = ctx.needs_input_grad[:2]
+        groups, count, width = student_keys.shape
         row_gradient = torch.zeros_like(student) if with_rows else None
-        key_gradient = torch.zeros_like(student_keys) if with_keys else None
+        key_gradient = student_keys.new_zeros(groups, width, count) if with_keys else None  # transposed, as its products come
         scaled, teacher = student / temperature, teacher / temperature
-        weights = weights / len(student_keys)
-        step = max(1, block // student_keys.shape[1])
+        weights = weights / groups
+        step = max(1, block // count)
         total = student.new_zeros(())
-        for group in range(len(student_keys)):
+        for group in range(groups):
             keys = student_keys[group]
             for start in range(0, len(student), step):
                 rows = slice(start, start + step)
-                log_student = (scaled[rows] @ keys.T).log_softmax(1)  # (step, M)
-                difference = (teacher[rows] @ teacher_keys[group].T).log_softmax(1)
-                probability = difference.exp()
-                difference -= log_student
-                total += weights[rows] @ difference.mul_(probability).sum(1)
+                difference, similarity = product(teacher[rows], teacher_keys[group]), product(scaled[rows], keys)  # (step, M)
+                probability, log_sum = softmax_with_sum(difference)
+                gradient, student_log_sum = softmax_with_sum(similarity)
+                kl = difference.sub_(similarity).mul_(probability).sum(1) + student_log_sum - log_sum
+                total += weights[rows] @ kl
                 if with_rows or with_keys:
-                    gradient = log_student.exp_().sub_(probability)
+                    gradient -= probability
                     if with_rows:
-                        row_gradient[rows].addmm_(gradient, keys)
+                        row_gradient[rows] += product(gradient, keys.T)
                     if with_keys:
-                        key_gradient[group].addmm_(gradient.T, scaled[rows] * weights[rows, None])
+                        key_gradient[group] += product((scaled[rows] * weights[rows, None]).T, gradient.T)
         if with_rows:
             row_gradient *= weights[:, None] / temperature
+        if with_keys:
+            key_gradient = key_gradient.transpose(1, 2)
         ctx.save_for_backward(row_gradient, key_gradient)
         return total
 
@@ -151,3 +154,20 @@ class _SimilarityKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         return *(None if saved is None else saved * gradient for saved in ctx.saved_tensors), None, None, None, None, None
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T of matrices (n, C), (m, C); float32 on a CPU by oneDNN where torch has it: 200 GFLOP/s on a Zen 5 core where MKL has 100."""
+    if a.device.type == "cpu" and a.dtype == torch.float32 and ONEDNN is not None:
+        return ONEDNN(a, b, None, "none", [], "")
+    return a @ b.T
+
+
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def softmax_with_sum(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """softmax(x) over `dim`, and log sum exp(x) without it: at the largest x, log softmax = x - log sum exp. One pass of exponentials,
+    where a log-softmax and its exponential take two."""
+    probability = x.softmax(dim)
+    return probability, x.amax(dim) - probability.amax(dim).log()

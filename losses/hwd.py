@@ -27,13 +27,8 @@ class HWD(Method):
     @dataclass(frozen=True)
     class Options:
         weight: float = term_weight(3.0, "weight of the class-weighted KL divergence")
-        temperature: float = option(4.0, "softmax temperature T")
-        base: float = option(0.1, "base of the saturating map, in (0, 1]; 1 weighs all classes alike, which is cwd")
-
-    def __init__(self, options, setup):
-        super().__init__(options, setup)
-        if not 0 < options.base <= 1:
-            raise ValueError(f"--hwd-base {options.base}: must be in (0, 1]")
+        temperature: float = option(4.0, "softmax temperature T", above=0)
+        base: float = option(0.1, "base of the saturating map, in (0, 1]; 1 weighs all classes alike, which is cwd", above=0, maximum=1)
 
     def forward(self, student, teacher, batch):
         distances = channel_kl(student.logits, resize_like(teacher.logits, student.logits), self.options.temperature)

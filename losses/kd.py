@@ -22,7 +22,7 @@ class KD(Method):
     @dataclass(frozen=True)
     class Options:
         weight: float = term_weight(1.0, "weight of the KL divergence")
-        temperature: float = option(1.0, "softmax temperature T")
+        temperature: float = option(1.0, "softmax temperature T", above=0)
         mask_ignored: bool = option(False, "leave out pixels whose label is ignored (the published code keeps them)")
 
     def forward(self, student, teacher, batch):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from losses.base import Method, option, term_weight
 from losses.functional import full_precision, labels_like, resize_like
-from losses.tokens import check_token_options, label_entropy, masked_mean, overlap, token_masks
+from losses.tokens import label_entropy, masked_mean, overlap, token_masks
 from utils.log import logger
 
 
@@ -39,13 +39,12 @@ class MasKD(Method):
         aux_weight: float = term_weight(0.4, "weight of that of the auxiliary logits, where both networks have them")
         mask_weight: float = term_weight(1.0, "weight of the masked teacher's cross-entropy, which trains the tokens")
         diversity_weight: float = term_weight(1.0, "weight of the overlap of the masks, which trains the tokens")
-        tokens: int = option(8, "number of tokens, hence masks")
-        pretrain: float = option(0.25, "share of the training, at its start, in which the tokens learn")
-        tokens_lr: float = option(1e-3, "learning rate of the Adam that trains the tokens")
+        tokens: int = option(8, "number of tokens, hence masks", minimum=2)
+        pretrain: float = option(0.25, "share of the training, at its start, in which the tokens learn", minimum=0, maximum=1)
+        tokens_lr: float = option(1e-3, "learning rate of the Adam that trains the tokens", minimum=0)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)
-        check_token_options(self.name, options)
         without = [who for who, channels in (("student", setup.student), ("teacher", setup.teacher)) if "aux" not in channels]
         if self.active("aux") and without:
             missing = f"{' and '.join(without)} without auxiliary head"
@@ -62,7 +61,7 @@ class MasKD(Method):
             self.register_buffer("tokens", tokens)
 
     def own_optimizer(self):
-        return torch.optim.Adam([self.tokens], lr=self.options.tokens_lr) if self.learns else None
+        return torch.optim.Adam([self.tokens], lr=self.options.tokens_lr, fused=True) if self.learns else None
 
     def factors(self, progress):
         return dict.fromkeys(("mask", "diversity"), float(progress < self.options.pretrain))

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from losses.afdcd import Projector, mimicking, random_mask
 from losses.base import Method, option, term_weight
 from losses.functional import resize_like
+from losses.projection import Projector, generate, mimicking, random_mask
 
 
 class MGD(Method):
@@ -27,17 +27,15 @@ class MGD(Method):
     @dataclass(frozen=True)
     class Options:
         weight: float = term_weight(2e-5, "weight of the squared error, summed over channels and positions")
-        mask_ratio: float = option(0.75, "share of the positions that are zeroed, in [0, 1)")
+        mask_ratio: float = option(0.75, "share of the positions that are zeroed, in [0, 1)", minimum=0, below=1)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)
-        if not 0 <= options.mask_ratio < 1:
-            raise ValueError(f"--mgd-mask-ratio {options.mask_ratio}: must be in [0, 1)")
         student, teacher = setup.student["c4"], setup.teacher["c4"]
         self.align = nn.Identity() if student == teacher else nn.Conv2d(student, teacher, 1)  # (B, Cs, h, w) -> (B, Ct, h, w)
         self.projector = Projector(teacher)
 
     def forward(self, student, teacher, batch):
-        aligned = self.align(student.c4)
-        mask = random_mask(self.uniform(batch, 1, *aligned.shape[-2:]), self.options.mask_ratio)
-        return {self.name: mimicking(self.projector(aligned * mask), resize_like(teacher.c4, student.c4))}
+        mask = random_mask(self.uniform(batch, 1, *student.c4.shape[-2:]), self.options.mask_ratio)
+        generated = generate(self.align, self.projector, student.c4, mask)
+        return {self.name: mimicking(generated, resize_like(teacher.c4, student.c4))}

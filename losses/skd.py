@@ -37,7 +37,7 @@ class SKD(Method):
         form: str = option("cirkd", "how positions are pooled before they are compared", choices=("cirkd", "original"))
         feature: str = option("head", "which features are compared", choices=("head", "c4"))
         objective: str = option("hinge", "the critic's loss", choices=("hinge", "wgan-gp"))
-        penalty: float = option(10.0, "weight of the gradient penalty of wgan-gp")
+        penalty: float = option(10.0, "weight of the gradient penalty of wgan-gp", minimum=0)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

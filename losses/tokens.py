@@ -38,11 +38,3 @@ def overlap(masks: Tensor) -> Tensor:
 def label_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (B, K, h, w), mean over labelled pixels of labels (B, h, w); a connected 0 without any."""
     return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum") / (labels != IGNORE).sum().clamp(min=1)
-
-
-def check_token_options(method: str, options) -> None:
-    """Raise ValueError for fewer than two tokens (nothing to tell apart) and for a share of the training outside [0, 1]."""
-    if options.tokens < 2:
-        raise ValueError(f"--{method}-tokens {options.tokens}: must be at least 2")
-    if not 0 <= options.pretrain <= 1:
-        raise ValueError(f"--{method}-pretrain {options.pretrain}: must be in [0, 1]")

@@ -1,11 +1,16 @@
 """`--slow` runs the tests that take minutes, too; every test runs on one thread."""
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from tests import parity
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--parity", type=Path, metavar="FILE", help="write the comparison with recorded values of the published code to FILE")
 
 
 def pytest_configure(config):
@@ -17,3 +22,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes; --slow runs it"))
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--parity"):
+        parity.write(session.config.getoption("--parity"))

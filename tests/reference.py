@@ -10,6 +10,7 @@ import torch
 from dataset import Batch
 from losses import METHODS, Setup, resolve
 from models import SegOutput
+from tests import parity
 from tests.paths import GOLDEN
 
 LOSSES = json.loads((GOLDEN / "losses.json").read_text())
@@ -68,8 +69,11 @@ def fill(module: torch.nn.Module) -> None:
 def check(value: torch.Tensor, expected: dict, tensors) -> None:
     """Compare a term and its gradients with respect to `tensors` (student's, then parameters; None skips one) with an entry."""
     assert value.item() == _close(expected["value"], VALUE_RTOL)
+    entry, term = next((entry, term) for entry, content in LOSSES.items() for term, known in content["terms"].items() if known is expected)
     wanted = [(t, norm, head) for t, norm, head in zip(tensors, expected["grad_norms"], expected["grad_heads"], strict=True) if t is not None]
     gradients = torch.autograd.grad(value, [t for t, _, _ in wanted], retain_graph=True)
+    worst = max((abs(gradient.norm().item() / norm - 1) for gradient, (_, norm, _) in zip(gradients, wanted, strict=True) if norm), default=None)
+    parity.record("losses", entry, term, expected["value"], value.item(), worst)
     for gradient, (_, norm, head) in zip(gradients, wanted, strict=True):
         assert gradient.norm().item() == _close(norm, GRADIENT_RTOL)
         scale = norm / gradient.numel() ** 0.5  # single entries may be sums that cancel: compare on the gradient's own scale

@@ -1,0 +1,184 @@
+"""Every optimised form against its plain one (`scripts/plain.py`), what `Watch` counts, and the benchmark's rows."""
+
+import gc
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import cirkd, icsd, ifvd, skd, task
+from losses.memory import Queue, class_means, class_pixels
+from scripts import benchmark, plain
+from scripts.watch import Watch
+from utils import metrics
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def labels(*shape, classes=5, ignored=0.2):
+    generator = torch.Generator().manual_seed(9)
+    target = torch.randint(0, classes, shape, generator=generator, dtype=torch.uint8)
+    return target.masked_fill(torch.rand(shape, generator=generator) < ignored, 255)
+
+
+def same(ours, other, student, rtol=1e-9):
+    """Equal values and gradients with respect to the student."""
+    torch.testing.assert_close(ours, other, rtol=rtol, atol=1e-12)
+    gradients = [torch.autograd.grad(7 * value, student)[0] for value in (ours, other)]
+    assert gradients[1].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=rtol, atol=1e-12 + rtol * gradients[1].abs().max().item())
+
+
+# losses: (student, teacher) -> scalar, ours and plain
+MAPS = {
+    "ifvd": [partial(f, labels=labels(2, 9, 7), num_classes=6) for f in (ifvd.intra_class_difference, plain.intra_class_difference)],
+    "skd by channels": [skd.pairwise, plain.pairwise],
+    "skd original": [partial(f, form="original") for f in (skd.pairwise, plain.pairwise)],
+    "icsd": [lambda s, t, f=f: F.mse_loss(f(s), f(t)) for f in (icsd.divergences, plain.divergences)],
+    "icsd released": [lambda s, t, f=f: F.mse_loss(f(s), f(t)) for f in (icsd.released_similarity, plain.released_similarity)],
+    "cirkd": [lambda s, t, f=f: f(cirkd.pixels(s), cirkd.pixels(t), 0.7) for f in (cirkd.minibatch_relation, plain.minibatch_relation)],
+}
+
+
+@pytest.mark.parametrize("case", MAPS)
+def test_losses_equal_their_plain_forms(case):
+    student, teacher = random(2, 5, 9, 7, seed=1).requires_grad_(), random(2, 5, 9, 7, seed=2)
+    ours, other = MAPS[case]
+    same(ours(student, teacher), other(student, teacher), student, rtol=1e-7)
+
+
+def test_float32_products_keep_their_digits():
+    """CIRKD's pairs in float32, by whatever library the CPU uses, are as near to float64 as the plain form."""
+    student, teacher = (F.normalize(random(2, 300, c, seed=c).relu(), dim=2) for c in (32, 64))
+    results = {}
+    for name, form, dtype in (("exact", plain, torch.float64), ("plain", plain, torch.float32), ("ours", cirkd, torch.float32)):
+        leaf = student.to(dtype).requires_grad_()
+        value = form.minibatch_relation(leaf, teacher.to(dtype))
+        results[name] = value.double(), torch.autograd.grad(value, leaf)[0].double()
+    for name in ("plain", "ours"):
+        assert abs(results[name][0] / results["exact"][0] - 1) < 1e-5
+        assert (results[name][1] - results["exact"][1]).norm() < 3e-6 * results["exact"][1].norm()
+
+
+def test_queues_equal_their_plain_form():
+    """Drawn pixels, means, and the rings after many steps."""
+    ours, other = Queue(5, 9, 4, seed=0), Queue(5, 9, 4, seed=0)
+    for step in range(6):
+        features, target = random(2, 4, 30, seed=step, dtype=torch.float32), labels(2, 30)
+        noise = torch.rand(2, 30, generator=torch.Generator().manual_seed(step))
+        for released in (False, True):
+            found, expected = (f(features, target, noise, 5, 4, released) for f in (class_pixels, plain.class_pixels))
+            assert torch.equal(found[1], expected[1])
+            here = torch.arange(4) < found[1][..., None]
+            assert torch.equal(found[0][here], expected[0][here])
+        means, counts = class_means(features, target, 5)
+        torch.testing.assert_close(means, plain.class_means(features, target, 5)[0])
+        ours.enqueue(*found)
+        plain.enqueue(other, *found)
+        assert torch.equal(ours.rows, other.rows) and torch.equal(ours.pointer, other.pointer)
+
+
+@pytest.mark.parametrize("size", [(40, 56), (33, 41), (5, 7), (3, 4), (1, 1), (64, 7)])
+@pytest.mark.parametrize("block", [1, 700, 1 << 20])
+def test_cross_entropy_by_bands(size, block):
+    """Bands of one row, of a few and of all; whole and broken factors, no factor, and downwards."""
+    logits, target = (3 * random(2, 5, 5, 7)).requires_grad_(), labels(2, *size)
+    target[:, 0, 0] = 1
+    ours = task._UpsampledCrossEntropy.apply(logits, target, block) / 13
+    same(ours, plain.cross_entropy(logits, target, 13.0), logits)
+
+
+def test_cross_entropy_of_impossible_labels_and_of_none():
+    logits = torch.tensor([[300.0, 0.0], [0.0, 300.0]]).view(1, 2, 1, 2).requires_grad_()
+    wrong = torch.tensor([[[1, 0]]], dtype=torch.uint8)
+    same(task.cross_entropy(logits, wrong, 1.0), plain.cross_entropy(logits, wrong, 1.0), logits)
+    nothing = task.cross_entropy(logits, torch.full_like(wrong, 255), 1.0)
+    assert nothing.item() == 0 and torch.autograd.grad(nothing, logits)[0].abs().max() == 0
+
+
+def test_cross_entropy_is_never_whole():
+    logits, target = random(2, 5, 32, 32, dtype=torch.float32).requires_grad_(), labels(2, 256, 256)
+    with Watch() as ours:
+        torch.autograd.grad(task._UpsampledCrossEntropy.apply(logits, target, 1 << 14), logits)
+    with Watch() as whole:
+        torch.autograd.grad(plain.cross_entropy(logits, target, 1.0), logits)
+    assert ours.peak < whole.peak / 14 and not ours.blocks
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_metric_counts_the_same_integers(layout):
+    """Classes of upsampled scores, ties included, and the counts."""
+    logits, target = (2 * random(2, 6, 9, 11, dtype=torch.float32)).round().contiguous(memory_format=layout), labels(2, 67, 83, classes=6)
+    found, expected = metrics.labels_at(logits, (67, 83)), plain.labels_at(logits.contiguous(), (67, 83))
+    assert found.dtype == torch.uint8 and torch.equal(found.long(), expected)
+    assert torch.equal(metrics.class_of(logits).long(), logits.argmax(1))
+    counts = metrics.confusion(found, target, 6)
+    assert counts.dtype == torch.int64 and torch.equal(counts, plain.confusion(expected, target, 6))
+    assert counts.sum() == (target != 255).sum()
+
+
+def test_metric_of_150_classes():
+    """Cells beyond what a byte or 16 bits hold."""
+    prediction, target = labels(3, 64, 64, classes=250, ignored=0), labels(3, 64, 64, classes=250)
+    assert torch.equal(metrics.confusion(prediction, target, 250), plain.confusion(prediction, target, 250))
+
+
+def test_plain_forms_take_their_place():
+    before = task.cross_entropy, ifvd.intra_class_difference, Queue.enqueue
+    with plain.forms():
+        assert (task.cross_entropy, ifvd.intra_class_difference, Queue.enqueue) == (
+            plain.cross_entropy, plain.intra_class_difference, plain.enqueue)  # fmt: skip
+    assert (task.cross_entropy, ifvd.intra_class_difference, Queue.enqueue) == before
+
+
+def test_watch_counts_operations_reads_and_memory():
+    gc.disable()
+    try:
+        x = torch.ones(1000, requires_grad=True)
+        with Watch() as watch:
+            y = x * 2  # 4000 bytes
+            y.view(10, 100)
+            del y
+            z = (x + 1).exp()  # 8000, of which 4000 stay
+        assert (watch.operations, watch.blocks, watch.peak, watch.live) == (3, [], 8000, 4000)
+        with Watch() as watch:
+            z.sum().item()
+            z[z > 0]
+            torch.ones(3, 4) @ torch.ones(4, 5)
+        assert len(watch.blocks) == 2 and watch.blocks[0] == "tests/test_benchmark.py:test_watch_counts_operations_reads_and_memory"
+        assert watch.flops == 2 * 3 * 4 * 5
+    finally:
+        gc.enable()
+
+
+def test_rows_of_the_benchmark(tmp_path, capsys):
+    benchmark.main(["--quick", "--methods", "ifvd", "--output", str(tmp_path)])
+    content = json.loads((tmp_path / "rows.json").read_text())
+    rows = {(row["part"], row["name"]): row for row in content["rows"]}
+    parts = ["cross-entropy", "teacher", "teacher bf16", "metric", "metric and upsampling", "sample", "sample, cached", "decoding alone"]
+    assert list(rows) == [("part", name) for name in parts] + [(part, name) for part in ("loss", "step") for name in ("ifvd", "kd")]
+    assert content["gflops"] > 0 and content["gb_per_s"] > 0 and content["threads"] == 1
+    exact = [row for key, row in rows.items() if row["plain_ms"] is not None and key[1] != "teacher bf16"]
+    assert len(exact) == 9
+    for row in exact:
+        assert row["value_error"] < 1e-5 and row["gradient_error"] < (1e-2 if row["part"] == "step" else 1e-5), row
+    for key in (("part", "metric"), ("part", "sample"), ("part", "sample, cached")):
+        assert (rows[key]["value_error"], rows[key]["gradient_error"]) == (0, 0), key
+    assert rows["part", "teacher bf16"]["value_error"] < 0.05
+    assert all(row["blocks"] == 0 for key, row in rows.items() if row["blocks"] is not None)
+    assert rows["loss", "ifvd"]["peak"] > 0 and rows["step", "kd"]["operations"] > rows["loss", "kd"]["operations"] > 5
+    printed = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() in printed and "| loss | kd | shapes 2x64x64 |" in printed
+
+
+@pytest.mark.parametrize("given,told", [
+    (["--methods", "nope"], "--methods nope: there is no such method; possible: "), (["--repeats", "0"], "--repeats 0: must be at least 1"),
+])  # fmt: skip
+def test_refusals(given, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(given)
+    assert stopped.value.code == 2 and told in capsys.readouterr().err

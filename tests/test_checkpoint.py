@@ -295,7 +295,9 @@ def unsafe_lines(source: str) -> list[str]:
 def test_nothing_in_the_project_runs_code_from_data():
     programs = [p for p in REPOSITORY.rglob("*.py") if not {"tests", ".venv", "runs"} & set(p.relative_to(REPOSITORY).parts)]
     assert len(programs) > 40
-    assert {str(p.relative_to(REPOSITORY)): lines for p in programs if (lines := unsafe_lines(p.read_text(encoding="utf-8")))} == {}
+    found = {str(p.relative_to(REPOSITORY)): lines for p in programs if (lines := unsafe_lines(p.read_text(encoding="utf-8")))}
+    (line,) = found.pop("scripts/convert_checkpoint.py")  # its unpickler builds inert objects alone (tests/test_convert_checkpoint.py)
+    assert line.endswith(": import pickle") and not found
 
 
 @pytest.mark.parametrize("line", [

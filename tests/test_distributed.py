@@ -15,6 +15,7 @@ from tests.workers import on_ranks
 from utils import distributed
 from utils.distill import Distiller, Teacher
 from utils.engine import NonFiniteError, Record, Training, train_step
+from utils.options import train_options
 
 CLASSES, IMAGES, CROP = 5, 4, 32
 CASES = {  # methods, accumulate, loss norm
@@ -65,8 +66,8 @@ def step_gradients(names, accumulate, loss_norm):
     given = {"kd": {}, "afdcd": {"kd_weight": 0.0} if "kd" in names else {}}
     methods = build_methods({name: resolve(METHODS[name], "shapes", given[name])[0] for name in names}, setup)
     distiller = Distiller(student, TaskLoss(0.4), methods).double()
-    options = SimpleNamespace(max_iterations=10, max_minutes=None, amp="off", ema=0.0, seed=3, loss_norm=loss_norm, lr=0.1, lr_power=0.9,
-                              lr_floor=0.0, batch_size=IMAGES)  # fmt: skip
+    given = ["--save-dir", "unused", "--batch-size", str(IMAGES), "--max-iterations", "10", "--seed", "3", "--loss-norm", loss_norm]
+    options = train_options(given, distil=False, description="")
     recorder = Recorder(distiller.parameters(), lr=0.1)
     training = Training(distiller, {"student": recorder}, options, torch.device("cpu"), step=4)
     image, target = pictures()

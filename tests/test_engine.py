@@ -20,9 +20,11 @@ from torch import nn
 
 from dataset import Batch, EndlessSampler
 from dataset.shapes import DrawnItem
-from losses import METHODS, Method, Setup, option, term_weight
+from losses import METHODS, Method, Setup, build_methods, option, term_weight
 from losses.task import TaskLoss
-from models import SegOutput
+from models import SegOutput, build_model
+from models.fold import fold_batchnorm
+from scripts.watch import Watch
 from tests.workers import distil, on_ranks, train
 from utils import checkpoint, engine
 from utils.distill import Distiller, Teacher
@@ -124,18 +126,19 @@ def test_every_step_has_its_learning_rate(tmp_path):
 
 
 def test_a_budget_of_minutes_ends_near_its_time_with_a_learning_rate_near_zero(tmp_path, clock):
-    """2 seconds per batch and 100 per validation: 3 minutes are 90 steps, however many validations there are."""
+    """2 seconds per batch and 100 per validation: 3 minutes are 90 steps, however many validations there are, behind the 5 that warm up."""
     def slow_validation(model, stop):
         clock.now += 100
         return scores(model, stop)
 
     training, teacher, run = prepared(tmp_path, "--max-minutes", "3", "--val-interval", "20", "--log-interval", "1", "--lr", "0.5")
     assert fit(training, teacher, batches(seconds=2, clock=clock), run, slow_validation)
-    assert training.step == 90 and training.budget.elapsed() == 180
+    assert training.step == 95 and training.budget.elapsed() == 180 and training.budget.steps == 90
     logged = [row for row in rows(tmp_path) if "lr" in row]
-    assert [row["lr"] for row in logged] == pytest.approx([0.5 * (1 - (2 * step + 2) / 180) ** 0.9 for step in range(90)], abs=0.01)
+    assert [row["lr"] for row in logged[:5]] == [0.5] * 5
+    assert [row["lr"] for row in logged[5:]] == pytest.approx([0.5 * (1 - (2 * step + 2) / 180) ** 0.9 for step in range(90)], abs=0.01)
     assert logged[-1]["lr"] < 0.02 * 0.5 and logged[0]["lr"] > 0.48
-    assert [row["step"] for row in rows(tmp_path) if "val/mIoU" in row] == [20, 40, 60, 80, 90]
+    assert [row["step"] for row in rows(tmp_path) if "val/mIoU" in row] == [20, 40, 60, 80, 95]
     assert logged[-1]["images_per_second"] == pytest.approx(1.0)
 
 
@@ -145,7 +148,7 @@ def test_the_seconds_of_a_budget_are_resumed(tmp_path, clock):
 
     def stopping():
         for number, batch in enumerate(batches(seconds=5, clock=clock)):
-            if number == 4:
+            if number == 9:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
@@ -153,10 +156,36 @@ def test_the_seconds_of_a_budget_are_resumed(tmp_path, clock):
     assert training.budget.elapsed() == 25
     clock.now += 1e6
     training, teacher, run = prepared(tmp_path, *arguments, "--resume")
-    assert training.budget.elapsed() == 25 and training.step == 5
-    assert fit(training, teacher, batches(5, seconds=5, clock=clock), run, scores)
-    assert training.step == 12 and [row["step"] for row in rows(tmp_path) if "lr" in row] == [*range(1, 13)]
-    assert [row["images_per_second"] for row in rows(tmp_path) if "lr" in row] == pytest.approx([0.4] * 12), "time before the stop counts once"
+    assert training.budget.elapsed() == 25 and training.step == 10
+    assert fit(training, teacher, batches(10, seconds=5, clock=clock), run, scores)
+    assert training.step == 22 and [row["step"] for row in rows(tmp_path) if "lr" in row] == [*range(1, 23)]
+    speeds = [row["images_per_second"] for row in rows(tmp_path) if "lr" in row]
+    assert speeds[:5] == speeds[10:15] == [None] * 5, "no clock runs while a process warms up"
+    assert speeds[5:10] + speeds[15:] == pytest.approx([0.4] * 12), "time before the stop counts once"
+
+
+def test_a_budget_of_minutes_validates_every_tenth(tmp_path, clock):
+    """2 seconds per batch: 100 timed steps, a tenth every 10. Interrupted in between, no validation is left out or made twice."""
+    arguments = ("--max-minutes", f"{200 / 60}", "--log-interval", "50")
+    training, teacher, run = prepared(tmp_path, *arguments)
+
+    def stopping():
+        for number, batch in enumerate(batches(seconds=2, clock=clock)):
+            if number == 41:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    assert not fit(training, teacher, stopping(), run, scores)
+    training, teacher, run = prepared(tmp_path, *arguments, "--resume")
+    assert fit(training, teacher, batches(42, seconds=2, clock=clock), run, scores)
+    assert [row["step"] for row in rows(tmp_path) if "val/mIoU" in row] == [15, 25, 35, *range(50, 111, 10)]
+
+
+def test_a_log_line_that_spans_the_warm_up_counts_the_timed_steps_alone(tmp_path, clock):
+    training, teacher, run = prepared(tmp_path, "--max-iterations", "20", "--val-interval", "100", "--log-interval", "10")
+    assert fit(training, teacher, batches(seconds=4, clock=clock), run, scores)
+    assert [row["images_per_second"] for row in rows(tmp_path) if "lr" in row] == pytest.approx([0.5, 0.5])
+    assert training.budget.seconds == 60 and training.budget.steps == 15 and training.budget.left(17) == pytest.approx(12)
 
 
 def test_budget_of_steps():
@@ -339,7 +368,7 @@ def test_own_optimizer_and_buffers_are_resumed(tmp_path):
     assert second.optimizers["critic"].state_dict()["state"][0]["step"] == 4
     assert fit(second, teacher, batches(4), run, scores)
     a, b = whole.snapshot(), second.snapshot()
-    for key in a.keys() - {"seconds"}:
+    for key in a.keys() - {"spent"}:
         assert equal(a[key], b[key]), key
     assert b["methods"]["critic.seen"] == 20
 
@@ -369,13 +398,13 @@ def finished(tmp_path_factory):
 def test_what_a_run_leaves(finished):
     names = {p.name for p in (finished / "run").iterdir()}
     assert names == {"args.json", "log.txt", "metrics.jsonl", "metrics.csv", "last.pth", "last.previous.pth", "best.pth", "student_best.pth",
-                     "report.json", "DONE"}  # fmt: skip
+                     "report.json", "DONE", ".lock"}  # fmt: skip
     table = list(csv.DictReader((finished / "run" / "metrics.csv").read_text().splitlines()))
     assert list(table[0]) == ["step", "loss", "task/ce", "gradient_norm", "lr", "seconds", "images_per_second", "val/mIoU", "val/aAcc", "val/mAcc"]
     assert [(row["step"], bool(row["loss"]), bool(row["val/mIoU"])) for row in table] == [
         ("1", True, False), ("1", False, True), ("2", True, False), ("2", False, True)]  # fmt: skip
     for row, written in zip(table, rows(finished / "run"), strict=True):
-        assert {key: float(value) for key, value in row.items() if value} == {key: pytest.approx(value) for key, value in written.items()}
+        assert {key: float(value) for key, value in row.items() if value} == {key: pytest.approx(value) for key, value in written.items() if value is not None}
     arguments = json.loads((finished / "run" / "args.json").read_text())
     assert arguments["options"]["max_iterations"] == 2 and arguments["sources"]["max_iterations"] == "command line"
     assert arguments["environment"]["ranks"] == 1 and "--max-iterations 2" in arguments["command"]
@@ -386,11 +415,11 @@ def test_what_a_run_leaves(finished):
 
 
 def test_a_finished_run_is_done(finished):
-    before = {p.name: p.read_bytes() for p in (finished / "run").iterdir() if p.name != "log.txt"}
+    before = {p.name: p.read_bytes() for p in (finished / "run").iterdir() if p.name not in ("log.txt", ".lock")}
     again = train(finished, "--max-iterations", "2", "--workers", "0", "--save-dir", "run", "--resume", console="again.txt")
     assert again.wait() == [0] and "run: done already" in again.text and (finished / "run" / "DONE").read_text().strip() in again.text
     assert "step 1/" not in again.text
-    assert before == {p.name: p.read_bytes() for p in (finished / "run").iterdir() if p.name != "log.txt"}
+    assert before == {p.name: p.read_bytes() for p in (finished / "run").iterdir() if p.name not in ("log.txt", ".lock")}
 
 
 FOLDERS = {
@@ -406,21 +435,25 @@ FOLDERS = {
 def test_folders_that_are_refused(case, finished):
     arguments, message = FOLDERS[case]
     (finished / "file").touch()
-    before = {p: p.stat().st_mtime_ns for p in (finished / "run").iterdir() if p.name != "log.txt"}
+    before = {p: p.stat().st_mtime_ns for p in (finished / "run").iterdir() if p.name not in ("log.txt", ".lock")}
     started = train(finished, "--max-iterations", "2", "--workers", "0", "--save-dir", "run", *arguments, console="refused.txt")
     assert started.wait() == [2]
     assert started.text == f"error: {message}\n"
-    assert before == {p: p.stat().st_mtime_ns for p in (finished / "run").iterdir() if p.name != "log.txt"}
+    assert before == {p: p.stat().st_mtime_ns for p in (finished / "run").iterdir() if p.name not in ("log.txt", ".lock")}
     assert not (finished / "new" / "args.json").exists(), "the folder can be used with a mended command"
 
 
 def test_a_model_or_teacher_that_changed_is_refused(tmp_path):
     training, _, run = prepared(tmp_path / "run")
+    training.step = 1
     run.save_last(training.snapshot())
-    _, _, run = prepared(tmp_path / "run", "--resume")
+    options, columns = run.options, run.columns[1:]
+    options.resume = True
+    run = Run(options, columns)
     with pytest.raises(ValueError, match="the model is .*'tiny'.*, was .*; choose another folder") as error:
         run.start({**Tiny.config, "width": 9}, None)
     assert "\n" not in str(error.value)
+    run = Run(options, columns)
     with pytest.raises(ValueError, match=r"the teacher is \{'file': 't.pth', 'sha256': 'ab'\}, was None"):
         run.start(Tiny.config, {"file": "t.pth", "sha256": "ab"})
 
@@ -465,7 +498,7 @@ def test_a_full_disk_stops_with_one_line(tmp_path):
     started = train(tmp_path, "--max-iterations", "2", "--workers", "0", "--save-dir", "run", change=limit_files)
     assert started.wait() == [2]
     assert started.text.splitlines()[-1] == "error: cannot write run/last.pth: File too large; free space or choose another --save-dir"
-    assert "Traceback" not in started.text and not list((tmp_path / "run").glob(".*"))
+    assert "Traceback" not in started.text and not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
@@ -553,3 +586,59 @@ def test_a_damaged_checkpoint_does_not_replace_the_one_before(tmp_path):
     training.step = 6
     run.save_last(training.snapshot())
     assert checkpoint.load(last)["step"] == 6 and checkpoint.load(checkpoint.previous(last))["step"] == 5
+
+
+# ------------------------------------------------------------------------------------------------------------ what a step costs
+
+
+SMALL = ("--student-backbone", "mobilenetv3_small", "--dataset", "shapes", "--crop-size", "64", "--batch-size", "2", "--max-iterations", "9")
+
+
+def a_step(name, device=CPU, *arguments):
+    """() -> None, one step of a training with the method, on the device."""
+    options = train_options(["--method", name, *SMALL, "--save-dir", "unused", *arguments], distil=True, description="")
+    student, teacher = (build_model("deeplabv3", backbone, 5, aux=True) for backbone in ("mobilenetv3_small", "resnet18_vanilla"))
+    setup = Setup(student.channels, teacher.channels, 5, (64, 64), 2, "shapes", teacher_norms=teacher.norms)
+    distiller = Distiller(student, TaskLoss(0.4), build_methods(options.methods, setup)).to(device)
+    frozen = Teacher(fold_batchnorm(teacher, distiller.teacher_needs)[0].to(device), distiller.teacher_needs)
+    training = Training(distiller, build_optimizers(distiller, options), options, device)
+    image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    batch = Batch(image, image[:, 0] // 64, ["a", "b"]).to(device)
+    return lambda: engine.train_step(training, distiller, frozen, [batch], training.record)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_read_back_between_log_lines(name):
+    """Not in any line of the project: a read stops the host until the GPU has caught up. Reads that a CPU alone makes do not count."""
+    step = a_step(name)
+    # count visible positions and the pairs that matter, to choose what costs least there
+    on_a_cpu_alone = {"losses/projection.py:front_costs", "losses/contrast.py:plain_tile", "losses/contrast.py:pull_pairs"}
+    with Watch() as watch:
+        step()
+    assert set(watch.blocks) <= on_a_cpu_alone and watch.operations > 100
+
+
+def test_a_read_in_a_step_is_seen(monkeypatch):
+    def read(self, student, batch):
+        value = student.logits.mean().item()
+        return dict.fromkeys(self.weights, value * student.logits[student.logits > 0].sum())
+
+    monkeypatch.setattr(TaskLoss, "forward", read)
+    step = a_step("kd")
+    with Watch() as watch:
+        step()
+    assert watch.blocks == ["tests/test_engine.py:read"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gpu_is_never_waited_for(name):
+    step = a_step(name, torch.device("cuda"))
+    step()  # tuning and compiling may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

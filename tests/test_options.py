@@ -105,6 +105,7 @@ def test_validation_interval():
     assert baseline("--val-interval", "7").val_interval == 7
     minutes = baseline("--max-minutes", "1.5", "--val-interval", "7")
     assert minutes.max_iterations is None and minutes.max_minutes == 1.5
+    assert baseline("--max-minutes", "1.5").val_interval is None, "the engine validates as every tenth of the time is spent"
 
 
 def test_plain_values_survive_a_checkpoint():
@@ -141,7 +142,7 @@ REFUSED = {  # script, arguments, message
     "data set meant": ("train_baseline.py", ["--dataset", "camvit"], "did you mean camvid?"),
     "no data": ("train_baseline.py", ["--dataset", "voc"], "--data is missing: the folder of voc; http"),
     "both lengths": ("train_baseline.py", ["--max-iterations", "5", "--max-minutes", "1"], "--max-iterations and --max-minutes: give one of them"),
-    "minutes alone": ("train_baseline.py", ["--max-minutes", "1"], "--max-minutes: say with --val-interval N after how many steps to validate"),
+    "all held out": ("train_baseline.py", ["--holdout", "1"], "--holdout 1: must be below 1, for example 0.2"),
     "no folder": ("train_baseline.py", [], "--save-dir is missing: the folder for log, metrics and checkpoints of this run"),
     "method's flag": ("train_baseline.py", ["--kd-weight", "1"], "unknown option --kd-weight"),
     "no method": ("train_kd.py", [], "--method is missing"),

@@ -167,7 +167,7 @@ def distil(folder: Path, *arguments, **options) -> Started:
     return script(folder, "train_kd.py", "--teacher-checkpoint", "teacher.pth", *TINY_STUDENT, *RUN, *arguments, **options)
 
 
-def save_model(path: Path, seed: int = 0, num_classes: int = 8, dataset: str = "shapes") -> None:
+def save_model(path: Path, seed: int = 0, num_classes: int = 8, dataset: str = "shapes", **config) -> None:
     """A checkpoint as a training of this project leaves one: random weights, with statistics that make it predict several classes."""
     torch.manual_seed(seed)
     model = build_model("pspnet", "mobilenetv2", num_classes, head_width=8)
@@ -176,5 +176,5 @@ def save_model(path: Path, seed: int = 0, num_classes: int = 8, dataset: str = "
             module.momentum = 1.0
     with torch.no_grad():
         model(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
-    config = {"model": model.config, "teacher": None, "dataset": dataset, "options": {}}
+    config = {"model": model.config, "teacher": None, "dataset": dataset, "options": {}, **config}
     checkpoint.save(path, {"student": model.state_dict(), "step": 0, "metrics": {}, "config": config})

@@ -1,9 +1,12 @@
 """The teacher, and the one module that is trained: a student with its task loss and its distillation methods."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from losses.lad import CONSISTENCY_WEIGHT, consistency, teaching_image, training_image
+from utils.log import logger
 
 
 class Teacher:
@@ -11,15 +14,68 @@ class Teacher:
 
     A label-assisted teacher (`losses/lad.py`) is fed the labels too. Not a child of the Distiller: a teacher has no place in DDP, in
     the optimizer or in checkpoints.
+
+    Args:
+        model: changed in place: pass a copy where it is needed as it is.
+        needs: names of SegOutput's fields.
+        seed: of the noise on labels.
+        dtype: of autocast, None for none. Weights of convolutions and linear layers are kept in it, which autocast would convert in
+            every step; the first batch tells in the log how far the classes agree with float32.
+        compile: see `compiled`.
     """
 
-    def __init__(self, model: nn.Module, needs, seed: int = 0):
+    def __init__(self, model: nn.Module, needs, seed: int = 0, dtype: torch.dtype | None = None, compile: str = "off"):
         self.model = model.eval().requires_grad_(False)
-        self.needs, self.seed = tuple(needs), seed
+        self.needs, self.seed, self.dtype = tuple(needs), seed, dtype
+        self.exact = copy.deepcopy(model) if dtype else None  # in float32, for the first batch
+        if dtype:
+            for module in model.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    module.to(dtype)
+        self.run = compiled(model, compile)
 
     @torch.no_grad()
     def __call__(self, batch):
-        return self.model(model_input(self.model, batch, self.seed), self.needs)
+        image = model_input(self.model, batch, self.seed)
+        if self.exact is not None:
+            self.tell_agreement(image)
+        return self.run(image, self.needs)
+
+    def tell_agreement(self, image: Tensor) -> None:
+        """Compare the classes with those of float32, once: that copy is then dropped."""
+        classes = self.model(image, ("logits",)).logits.argmax(1)
+        with torch.autocast(image.device.type, enabled=False):
+            equal = classes == self.exact(image, ("logits",)).logits.argmax(1)
+        self.exact = None
+        name = str(self.dtype).removeprefix("torch.")
+        logger.info("teacher in %s: %.2f %% of the positions of the first batch have the class of float32", name, 100 * equal.double().mean().item())
+
+
+def compiled(model: nn.Module, mode: str):
+    """The model's forward pass by torch.compile, for crops of one size; the model itself for mode "off".
+
+    The module stays as it is: evaluation, on pictures of many sizes, runs it uncompiled, and its state has the same names.
+    """
+    return model if mode == "off" else torch.compile(model.forward, mode=mode, dynamic=False)
+
+
+def check_compile(mode: str, device: torch.device, accumulate: int) -> None:
+    """ValueError where `--compile` cannot do what it says on this machine."""
+    if mode == "off":
+        return
+    graphs = mode in ("reduce-overhead", "max-autotune")
+    if mode == "reduce-overhead" and device.type != "cuda":
+        raise ValueError(f"--compile {mode}: records CUDA graphs, which {device.type} has not; pass --compile default")
+    if graphs and accumulate > 1 and device.type == "cuda":
+        raise ValueError(f"--compile {mode}: a CUDA graph's gradients do not outlive the next micro-batch; pass --compile default, "
+                         f"or drop --accumulate {accumulate}")  # fmt: skip
+    try:
+        torch.compile(lambda x: (2 * x).sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # the compiler's own, of many kinds
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        needed = "Triton" if device.type == "cuda" else "a C++ compiler (g++)"
+        raise ValueError(f"--compile {mode}: torch.compile does not work here ({lines[0] if lines else type(error).__name__}); "
+                         f"install {needed}, or pass --compile off") from None  # fmt: skip
 
 
 def model_input(model: nn.Module, batch, seed: int = 0) -> Tensor:
@@ -35,14 +91,19 @@ class Distiller(nn.Module):
     """Student, task loss and methods: the one module under DDP. A baseline is a Distiller without methods.
 
     `forward(batch, teacher)` returns (total, terms): the scalar to differentiate, and every unweighted term, detached, under
-    "task/..." and "METHOD/...".
+    "task/..." and "METHOD/...". `compile`: see `compiled`.
     """
 
-    def __init__(self, student: nn.Module, task: nn.Module, methods: dict[str, nn.Module]):
+    def __init__(self, student: nn.Module, task: nn.Module, methods: dict[str, nn.Module], compile: str = "off"):
         super().__init__()
         self.student, self.task, self.methods = student, task, nn.ModuleDict(methods)
         self.teacher_needs = ordered(need for method in methods.values() for need in method.needs)
         self.needs = ordered([*task.needs, *self.teacher_needs])
+        self.compiled = None if compile == "off" else compiled(student, compile)  # the module itself must not be registered twice
+
+    def run_student(self, image: Tensor):
+        """The student's SegOutput of what methods and task loss read."""
+        return (self.compiled or self.student)(image, self.needs)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -53,7 +114,7 @@ class Distiller(nn.Module):
         return [f"{name}/{term}" for name, part in self.parts.items() for term in part.weights]
 
     def forward(self, batch, teacher=None) -> tuple[Tensor, dict[str, Tensor]]:
-        student = self.student(batch.image, self.needs)
+        student = self.run_student(batch.image)
         values = {"task": self.task(student, batch)}
         for name, method in self.methods.items():
             values[name] = method(student, teacher, batch)
@@ -82,8 +143,8 @@ class LabelAssisted(Distiller):
     """Trains a label-assisted teacher: two passes with independent random codes of the labels, the task loss of both, and their
     consistency."""
 
-    def __init__(self, student: nn.Module, task: nn.Module, seed: int):
-        super().__init__(student, task, {})
+    def __init__(self, student: nn.Module, task: nn.Module, seed: int, compile: str = "off"):
+        super().__init__(student, task, {}, compile)
         self.seed = seed
 
     @property
@@ -95,7 +156,7 @@ class LabelAssisted(Distiller):
 
     def forward(self, batch, teacher=None) -> tuple[Tensor, dict[str, Tensor]]:
         images = [training_image(batch, self.student.num_classes, self.seed, path) for path in (1, 2)]
-        outputs = [self.student(image, self.needs) for image in images]
+        outputs = [self.run_student(image) for image in images]
         first, second = (self.task(output, batch) for output in outputs)
         terms = {f"task/{name}": first[name] + second[name] for name in first}
         terms["lad/consistency"] = consistency(outputs[0].logits, outputs[1].logits)

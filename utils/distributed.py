@@ -54,6 +54,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def leader() -> int:
+    """The first rank of this rank's node (torchrun numbers the ranks of a node one after the other)."""
+    return rank() - int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
+
+
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

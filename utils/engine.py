@@ -1,5 +1,7 @@
 """The training loop: `fit`, and the state it carries from step to step."""
 
+import resource
+import sys
 from dataclasses import dataclass, field
 from zlib import crc32
 
@@ -34,11 +36,14 @@ class Training:
     validated: int = 0  # the last step that was validated
     best: float = -1.0  # the highest mIoU so far
     metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
+    tenth: int = 0  # of the budget, at the last validation
+    peak_memory: int = 0  # bytes, see `peak_memory`
 
     def __post_init__(self):
         options = self.options
         self.budget = Budget(options.max_iterations, options.max_minutes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        self.record = Record([*self.distiller.term_names], check_gradients=not self.scaler.is_enabled())
         self.average = None
         if options.ema:
             self.average = AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
@@ -53,20 +58,45 @@ class Training:
         """From 0 to 1; rank 0's clock decides when the budget is in minutes."""
         return self.budget.progress(self.step, distributed.from_main)
 
+    def due(self, progress: float) -> bool:
+        """Whether to validate at this step: every --val-interval steps, or as a tenth of a budget of minutes is spent."""
+        interval = self.options.val_interval
+        return self.step % interval == 0 if interval else int(10 * progress) > self.tenth
+
+    def pause(self) -> None:
+        """Stop the clock, and look how much memory was needed before anything but training needs some."""
+        self.budget.pause()
+        self.peak_memory = max(self.peak_memory, peak_memory(self.device))
+
     def snapshot(self) -> dict:
         """The content of a checkpoint: tensors and plain values. Random numbers and the data position are functions of the seed
-        and the step, so the step is all that has to be kept of them."""
-        return {
+        and the step, so the step is all that has to be kept of them. Called on every rank.
+
+        Raises:
+            NonFiniteError: a finite gradient times a huge learning rate has made a weight infinite.
+        """
+        state = {
             "step": self.step, "validated": self.validated, "best": self.best, "metrics": self.metrics,
-            "seconds": self.budget.elapsed(), "scaler": self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "spent": {"seconds": self.budget.elapsed(), "steps": self.budget.steps, "logged": list(self.budget.logged),
+                      "peak_memory": self.peak_memory},
             "student": self.distiller.student.state_dict(), "methods": self.distiller.methods.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "rows": self.record.all_rows(), "tenth": self.tenth,
         }  # fmt: skip
+        bad = [path for key in ("student", "methods", "average", "optimizers") for path in not_finite(state[key], key)]
+        if distributed.any_rank(bool(bad)):
+            told = ", ".join(bad[:3]) + f" and {len(bad) - 3} more" * (len(bad) > 3) or "weights of another rank"
+            raise NonFiniteError(f"step {self.step}: not finite: {told}; last.pth holds earlier, finite weights; lower --lr")
+        return state
 
     def restore(self, state: dict) -> None:
         self.step, self.validated, self.best, self.metrics = (state[key] for key in ("step", "validated", "best", "metrics"))
-        self.budget.seconds = self.budget.logged = state["seconds"]
+        spent, self.tenth = state["spent"], state["tenth"]
+        self.budget.seconds, self.budget.steps, self.budget.logged = spent["seconds"], spent["steps"], tuple(spent["logged"])
+        self.peak_memory = spent["peak_memory"]
+        self.record.restore(state.get("rows"), self.device)
         self.scaler.load_state_dict(state["scaler"])
         self.distiller.student.load_state_dict(state["student"])
         self.distiller.methods.load_state_dict(state["methods"])
@@ -74,6 +104,22 @@ class Training:
             self.average.load_state_dict(state["average"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+
+
+def not_finite(state, path: str) -> list[str]:
+    """The paths of the tensors in a nested state that hold an infinite or NaN value."""
+    if isinstance(state, Tensor):
+        return [] if not state.is_floating_point() or state.isfinite().all() else [path]
+    if isinstance(state, dict):
+        return [bad for key, value in state.items() for bad in not_finite(value, f"{path}.{key}")]
+    return []
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on the GPU since the last validation; on a CPU the most that the process ever had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def fit(training: Training, teacher: Teacher | None, loader, run: Run, validate, stop: StopSignal) -> bool:
@@ -89,14 +135,16 @@ def fit(training: Training, teacher: Teacher | None, loader, run: Run, validate,
     """
     options, device, distiller = training.options, training.device, training.distiller
     model = distributed.wrap(distiller, device)
-    record = Record([*distiller.term_names], check_gradients=not training.scaler.is_enabled())
+    record = training.record
     batches = iter(loader)
     complete = False
     with progress_bar(options.max_iterations, training.step) as bar:
         while not distributed.any_rank(stop.received):
-            complete = training.progress >= 1
-            if (complete or training.step % options.val_interval == 0) and training.validated != training.step:
-                training.budget.pause()
+            progress = training.progress
+            complete = progress >= 1
+            due = (complete or training.due(progress)) and training.validated != training.step
+            if due:
+                training.pause()
                 record.check()
                 try:
                     finish_validation(training, run, validate(training.student, lambda: stop.received))
@@ -105,8 +153,8 @@ def fit(training: Training, teacher: Teacher | None, loader, run: Run, validate,
                     break
             if complete:
                 break
-            if training.step % options.save_interval == 0:
-                training.budget.pause()
+            if due or training.step % options.save_interval == 0:  # a validation is not made twice, and best.pth is never newer
+                training.pause()
                 record.check()
                 run.save_last(training.snapshot())
             training.budget.start()
@@ -117,7 +165,7 @@ def fit(training: Training, teacher: Teacher | None, loader, run: Run, validate,
                 log_step(training, run, record)
             elif device.type == "cpu":
                 record.check()  # nothing to wait for: the values are there
-        training.budget.pause()
+        training.pause()
         record.check()
         run.save_last(training.snapshot())
     if not complete:
@@ -133,6 +181,8 @@ def train_step(training: Training, model, teacher: Teacher | None, micro: list, 
     prepare(micro, step, progress, options)
     rows = []
     for number, batch in enumerate(micro, 1):
+        if options.compile != "off":
+            torch.compiler.cudagraph_mark_step_begin()  # outputs of a recorded graph may be overwritten from here on
         with distributed.accumulating(model, more=number < len(micro)):
             with torch.autocast(training.device.type, dtype=AMP[options.amp], enabled=options.amp != "off"):
                 total, terms = model(batch, teacher(batch) if teacher else None)
@@ -214,6 +264,17 @@ class Record:
             )
         self.unchecked = []
 
+    def all_rows(self) -> Tensor:
+        """What is not logged yet, of every rank: (ranks, steps, 2 + number of terms), for a checkpoint."""
+        rows = torch.stack(self.rows).cpu() if self.rows else torch.zeros(0, 2 + len(self.terms))
+        return distributed.gather(rows[None])
+
+    def restore(self, rows: Tensor | None, device: torch.device) -> None:
+        """Go on from `all_rows` of a checkpoint; on another number of ranks with their mean."""
+        if rows is not None:
+            mine = rows[distributed.rank()] if len(rows) == distributed.world() else rows.mean(0)
+            self.rows = [*mine.to(device)]
+
     def means(self) -> dict[str, float]:
         """The means since the last call over steps and ranks: {"loss": total, term: ..., "gradient_norm": ...}."""
         mean = torch.stack(self.rows).mean(0)
@@ -225,23 +286,26 @@ class Record:
 def log_step(training: Training, run: Run, record: Record) -> None:
     """One line on the console and one row in the metrics: means since the last one."""
     record.check()
-    steps = len(record.rows)
-    values = record.means()
-    seconds = training.budget.elapsed()
-    speed = training.options.batch_size * steps / max(1e-9, seconds - training.budget.logged)
-    training.budget.logged = seconds
-    lr, progress = training.optimizers["student"].param_groups[0]["lr"], training.progress
+    values, budget = record.means(), training.budget
+    seconds, steps = budget.elapsed(), budget.steps
+    before, timed_before = budget.logged
+    speed = training.options.batch_size * (steps - timed_before) / max(1e-9, seconds - before) if steps > timed_before else None
+    budget.logged = (seconds, steps)
+    lr = training.optimizers["student"].param_groups[0]["lr"]
     extra = {"memory_mib": torch.cuda.max_memory_allocated() >> 20} if training.device.type == "cuda" else {}
     run.record(training.step, {**values, "lr": lr, "seconds": seconds, "images_per_second": speed, **extra})
     terms = "  ".join(f"{name} {values[name]:.4g}" for name in ["loss", *record.terms])
-    left = duration(seconds / progress * (1 - progress)) if progress > 0 else "?"
-    of = f"/{training.budget.iterations}" if training.budget.iterations else ""
-    logger.info("step %d%s  %s  lr %.3g  %.1f images/s  left %s", training.step, of, terms, lr, speed, left)
+    left = budget.left(training.step)
+    pace = f"{speed:.1f} images/s  left {duration(left)}" if speed is not None and left is not None else "warming up"
+    of = f"/{budget.iterations}" if budget.iterations else ""
+    logger.info("step %d%s  %s  lr %.3g  %s", training.step, of, terms, lr, pace)
 
 
 def finish_validation(training: Training, run: Run, scores: Scores) -> None:
     """Record a validation, keep the best."""
-    training.validated, training.metrics = training.step, scores.summary()
+    training.validated, training.metrics, training.tenth = training.step, scores.summary(), int(10 * training.progress)
+    if training.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(training.device)
     run.record(training.step, {f"val/{name}": value for name, value in training.metrics.items()})
     better = scores.miou > training.best
     logger.info("step %d  validation on %s: %s%s", training.step, training.options.spec.select_split,

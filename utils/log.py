@@ -23,9 +23,19 @@ class _Console(logging.Handler):
             pass
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk ends instead of the training."""
+
+    def handleError(self, record):
+        logger.removeHandler(self)
+        logger.warning("%s: cannot be written (%s); going on without it", self.baseFilename, sys.exc_info()[1])
+
+
 def setup(folder: Path | None = None) -> logging.Logger:
     """Log to the console, and with more detail to `folder`/log.txt when given; ranks other than 0 log warnings alone, to the console."""
-    logger.handlers.clear()
+    for handler in [*logger.handlers]:
+        logger.removeHandler(handler)
+        handler.close()
     logger.propagate = False
     main = distributed.is_main()
     logger.setLevel(logging.DEBUG)
@@ -35,7 +45,7 @@ def setup(folder: Path | None = None) -> logging.Logger:
     console.setFormatter(logging.Formatter(prefix + "%(message)s"))
     logger.addHandler(console)
     if main and folder is not None:
-        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        file = _LogFile(folder / "log.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
         logger.addHandler(file)
     return logger

@@ -11,14 +11,16 @@ import sys
 from types import SimpleNamespace
 
 from dataset import SPECS, get_spec
+from dataset.cache import FOLDER, KINDS
 from losses import METHODS, resolve
-from models import BACKBONES, MODELS
-from models.segmentor import NORMALIZATIONS
+from losses.base import check_bounds
+from models import BACKBONES, MODELS, NORMALIZATIONS
 from models.weights import read_state
 
 SYNONYMS = {  # what other codebases call it
     "--steps": ["--max-iterations"], "--epochs": ["--max-iterations"], "--learning-rate": ["--lr"], "--output-dir": ["--save-dir"],
 }  # fmt: skip
+COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
 METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
@@ -140,6 +142,12 @@ def _add_data(parser, default="shapes"):
     parser.add(group, "dataset", default, f"data set: {', '.join(SPECS)}", type=str)
     parser.add(group, "data", None, "folder of the data set; none is needed for shapes", type=str)
     parser.add(group, "workers", 2, "loader processes per rank, 0 loads in the training process", minimum=0)
+    return group
+
+
+def _add_cache(parser, group):
+    parser.add(group, "cache", "none", "keep decoded pictures, 4 bytes per pixel: in memory, once per node (ram), or in files (disk)", choices=KINDS)
+    parser.add(group, "cache-dir", None, f"folder of --cache disk; none: {FOLDER} in the folder of the data set", type=str)
 
 
 def _add_device(parser):
@@ -148,6 +156,7 @@ def _add_device(parser):
     parser.add(group, "amp", "off", "autocast of the forward passes", choices=("off", "bf16", "fp16"))
     parser.add(group, "channels-last", True, "store activations as NHWC; the same function")
     parser.add(group, "dist-timeout", 1800.0, "seconds a rank waits for the others before it gives up", minimum=1)
+    return group
 
 
 def _add_network(parser, prefix, who):
@@ -161,8 +170,8 @@ def _add_network(parser, prefix, who):
     add("model", "deeplabv3", f"{', '.join(MODELS)}")
     add("backbone", "resnet18", f"{', '.join(BACKBONES)}")
     add("head-width", None, "channels of the head; none takes the published width of the pair", type=int, minimum=1)
-    add("aux", None, "auxiliary head on stage 3; none: on ResNets only", action=argparse.BooleanOptionalAction)
-    add("pretrained", None, "checkpoint of a whole network to start from", type=str)
+    add("aux", None, "auxiliary heads, for training alone; none: as published", action=argparse.BooleanOptionalAction)
+    add("pretrained", None, "checkpoint of a network to start from, or of its backbone alone; the input normalisation follows it", type=str)
     add("pretrained-base", "none", "backbone weights to start from: imagenet (torchvision's), a file, or none")
     add("normalization", "imagenet", "input normalisation; caffe-bgr is the CIRKD line's", choices=tuple(NORMALIZATIONS))
     add("head-after-dropout", False, "take the feature `head` after dropout, as the released CIRKD code does")
@@ -171,9 +180,13 @@ def _add_network(parser, prefix, who):
 def _add_teacher(parser):
     group = parser.add_argument_group("teacher")
     parser.add(group, "teacher-checkpoint", None, "checkpoint of the teacher: this project's or a published one", type=str)
-    parser.add(group, "teacher-model", None, "checked against the checkpoint, which says it itself", type=str)
+    parser.add(group, "teacher-model", None, "checked against the checkpoint, which says it itself; or PACKAGE.MODULE:FUNCTION, which imports "
+               "that module, runs its code and takes the network that the function returns (models/foreign.py)", type=str)  # fmt: skip
+    parser.add(group, "teacher-layers", None, "which layers of such a network are the features that methods read: c4=backbone.layer4 "
+               "head=classifier.3 ...", type=str, nargs="+", metavar="FIELD=LAYER")  # fmt: skip
     parser.add(group, "teacher-backbone", None, "checked against the checkpoint, which says it itself", type=str)
-    parser.add(group, "teacher-normalization", None, "input normalisation, where the checkpoint's own is wrong", choices=tuple(NORMALIZATIONS))
+    parser.add(group, "teacher-normalization", None, "input normalisation, where the checkpoint's own is wrong; of a network of "
+               "your own imagenet unless given", choices=tuple(NORMALIZATIONS))  # fmt: skip
 
 
 def _add_training(parser):
@@ -183,7 +196,8 @@ def _add_training(parser):
     add(group, "batch-size", None, "images per step on all ranks together", recipe="recipe.batch_size", type=int, minimum=1)
     add(group, "accumulate", 1, "micro-batches per step", minimum=1)
     add(group, "max-iterations", None, "length of the training in steps", recipe="recipe.max_iterations", type=int, minimum=1)
-    add(group, "max-minutes", None, "length in minutes of training time instead, without validation and checkpoints", type=float, minimum=1e-3)
+    add(group, "max-minutes", None, "length in minutes of training time instead, without validation, checkpoints and the first five steps of a "
+        "process", type=float, minimum=1e-3)  # fmt: skip
     add(group, "optimizer", None, "sgd or adamw", recipe="recipe.optimizer", choices=("sgd", "adamw"))
     add(group, "lr", None, "learning rate at the start", recipe="recipe.lr", type=float, minimum=0)
     add(group, "lr-power", None, "power of the polynomial schedule", recipe="recipe.power", type=float, minimum=0)
@@ -191,8 +205,13 @@ def _add_training(parser):
     add(group, "momentum", None, "momentum of sgd", recipe="recipe.momentum", type=float, minimum=0)
     add(group, "weight-decay", None, "weight decay of all parameters", recipe="recipe.weight_decay", type=float, minimum=0)
     add(group, "aux-weight", 0.4, "weight of the auxiliary cross-entropy, 0 for none", minimum=0)
+    add(group, "detail-weight", 1.0, "weight of the loss of a detail head, which stdc has; 0 for none", minimum=0)
+    add(group, "task-loss", "ce", "cross-entropy, or that of the hard pixels alone, chosen per rank: what STDC and DDRNet are published with",
+        choices=("ce", "ohem"))  # fmt: skip
     add(group, "loss-norm", "global", "cross-entropy over the labelled pixels of all ranks (exact), or a mean per rank (published codes)",
         choices=("global", "local"))  # fmt: skip
+    add(group, "holdout", 0.0, "share of the training pictures, the same ones for every seed, to select and report on instead of training on them; "
+        "0 selects and reports on the data set's own splits", minimum=0)  # fmt: skip
     add(group, "ema", 0.0, "decay of an exponential moving average of the weights, which is then evaluated; 0 for none", minimum=0)
     add(group, "seed", 0, "seed of initial weights, data order, augmentation and masks", minimum=0)
     add(group, "deterministic", False, "use deterministic GPU kernels only (slower)")
@@ -204,11 +223,14 @@ def _add_training(parser):
     add(group, "val-interval", None, "steps between validations; none: a tenth of the training", type=int, minimum=1)
     add(group, "save-interval", 500, "steps between saves of last.pth", minimum=1)
     add(group, "dry-run", False, "build the networks and losses, print every option with its source, and stop; reads no data, and no "
-        "checkpoint where the teacher's model and backbone are given")  # fmt: skip
+        "checkpoint of a teacher whose model and backbone are given")  # fmt: skip
 
 
 # what may differ between a run and its continuation
-COSMETIC = {"data", "workers", "device", "dist_timeout", "resume", "save_dir", "log_interval", "save_interval", "dry_run", "teacher_checkpoint"}
+COSMETIC = {
+    "data", "workers", "cache", "cache_dir", "device", "dist_timeout", "resume", "save_dir", "log_interval", "save_interval", "dry_run",
+    "teacher_checkpoint",
+}  # fmt: skip
 
 
 def train_options(argv=None, *, distil: bool, description: str) -> Options:
@@ -222,9 +244,10 @@ def train_options(argv=None, *, distil: bool, description: str) -> Options:
         group = parser.add_argument_group("teacher")
         parser.add(group, "label-assisted", False, "train a teacher that sees the noised labels as a fourth input channel (losses/lad.py)")
     _add_network(parser, "student-" if distil else "", "student" if distil else "network")
-    _add_data(parser)
+    _add_cache(parser, _add_data(parser))
     _add_training(parser)
-    _add_device(parser)
+    parser.add(_add_device(parser), "compile", "off", "compile the networks by torch.compile in this mode: minutes at the start, other dropout "
+               "masks; reduce-overhead and max-autotune record CUDA graphs", choices=COMPILE)  # fmt: skip
     if distil:
         for name, method in METHODS.items():
             parser.add_method(name, method)
@@ -238,26 +261,52 @@ def train_options(argv=None, *, distil: bool, description: str) -> Options:
 def eval_options(argv=None, *, description: str) -> Options:
     """The options of eval.py."""
     parser = _Parser("eval.py", description)
-    group = parser.add_argument_group("what to evaluate")
-    add = parser.add
-    add(group, "checkpoint", None, "checkpoint: this project's or a published one", type=str, required=True)
-    add(group, "normalization", None, "input normalisation, where the checkpoint's own is wrong", choices=tuple(NORMALIZATIONS))
-    add(group, "split", None, "split to evaluate; none: the one the data set reports", type=str)
-    _add_data(parser, default=None)
-    group = parser.add_argument_group("how")
-    add(group, "mode", "whole", "whole pictures, or a sliding window", choices=("whole", "slide"))
-    add(group, "window", None, "height and width of the sliding window", recipe="crop", type=int, nargs="+", minimum=1)
-    add(group, "stride", None, "step of the window; none: two thirds of it", type=int, nargs="+", minimum=1)
-    add(group, "scales", (1.0,), "scales whose class probabilities are averaged", type=float, nargs="+", minimum=0.05)
-    add(group, "flip", False, "average with the mirrored picture")
+    _add_checkpoint(parser, "split to evaluate; none: the one the data set reports")
+    group, add = _add_inference(parser), parser.add
     add(group, "limit", None, "evaluate the first N pictures alone", type=int, minimum=1)
     _add_device(parser)
     group = parser.add_argument_group("output")
     add(group, "output", None, "folder of report.json and pictures; none: eval/<checkpoint>/<split> beside it", type=str)
     add(group, "save-predictions", False, "write label pictures (palette PNG) of every image")
     add(group, "save-overlays", 0, "write overlays of the first N images", minimum=0)
-    add(group, "dry-run", False, "print every option with its source, and stop; reads no files")
-    given = parser.parse(sys.argv[1:] if argv is None else argv)
+    add(group, "dry-run", False, "print every option with its source, and stop; reads no files (of the data set `folder`: its classes.txt)")
+    return _resolve_checkpoint(parser, sys.argv[1:] if argv is None else argv)
+
+
+def submit_options(argv=None, *, description: str) -> Options:
+    """The options of scripts/submit.py."""
+    parser = _Parser("python -m scripts.submit", description)
+    _add_checkpoint(parser, "split to predict; none: the one that the server scores")
+    _add_inference(parser)
+    _add_device(parser)
+    group = parser.add_argument_group("output")
+    parser.add(group, "output", None, "new or empty folder of the label pictures and their archive", type=str, required=True)
+    return _resolve_checkpoint(parser, sys.argv[1:] if argv is None else argv)
+
+
+def _add_checkpoint(parser, split_help):
+    """A checkpoint and the pictures it is used on."""
+    group = parser.add_argument_group("checkpoint")
+    parser.add(group, "checkpoint", None, "checkpoint: this project's or a published one", type=str, required=True)
+    parser.add(group, "normalization", None, "input normalisation, where the checkpoint's own is wrong", choices=tuple(NORMALIZATIONS))
+    parser.add(group, "split", None, split_help, type=str)
+    _add_data(parser, default=None)
+
+
+def _add_inference(parser):
+    """How pictures become labels; returns the group."""
+    group, add = parser.add_argument_group("how"), parser.add
+    add(group, "mode", "whole", "whole pictures, or a sliding window", choices=("whole", "slide"))
+    add(group, "window", None, "height and width of the sliding window", recipe="crop", type=int, nargs="+", minimum=1)
+    add(group, "stride", None, "step of the window; none: two thirds of it", type=int, nargs="+", minimum=1)
+    add(group, "scales", (1.0,), "scales whose class probabilities are averaged", type=float, nargs="+", minimum=0.05)
+    add(group, "flip", False, "average with the mirrored picture")
+    return group
+
+
+def _resolve_checkpoint(parser, argv) -> Options:
+    """The options; without --dataset it is the one that the checkpoint names."""
+    given = parser.parse(argv)
     if "dataset" not in given and not given.get("dry_run"):
         given["dataset"] = fail_in_one_line(parser, lambda: dataset_of(given["checkpoint"]))
     return fail_in_one_line(parser, lambda: _resolve(parser, given))
@@ -279,7 +328,7 @@ def fail_in_one_line(parser, function):
 
 
 def _resolve(parser: _Parser, given: dict) -> Options:
-    spec = get_spec(given.get("dataset") or parser.defaults["dataset"] or "shapes")
+    spec = get_spec(given.get("dataset") or parser.defaults["dataset"] or "shapes", given.get("data"))
     options = Options(sources={}, methods={}, spec=spec)
     for name, default in parser.defaults.items():
         if name in given:
@@ -290,10 +339,8 @@ def _resolve(parser: _Parser, given: dict) -> Options:
                 value = getattr(value, attribute)
         else:
             value, source = default, "default"
-        smallest = parser.minimum[name]
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if smallest is not None and number is not None and not smallest <= number < float("inf"):  # nan compares false
-                raise ValueError(f"--{name.replace('_', '-')} {number}: must be at least {smallest:g}" + " and finite" * (number >= smallest))
+        if value is not None and parser.minimum[name] is not None:
+            check_bounds(f"--{name.replace('_', '-')}", value, {"minimum": parser.minimum[name]})
         setattr(options, name, value)
         options.sources[name] = source
     options.dataset = spec.name
@@ -342,14 +389,18 @@ def _check_training(options: Options, given: dict) -> None:
         raise ValueError("--max-iterations and --max-minutes: give one of them")
     if options.max_minutes is not None:
         options.max_iterations = None
-        if options.val_interval is None:
-            raise ValueError("--max-minutes: say with --val-interval N after how many steps to validate; a tenth of the training is not known")
     elif options.val_interval is None:
         options.val_interval = max(1, options.max_iterations // 10)
+    if not options.holdout < 1:
+        raise ValueError(f"--holdout {options.holdout:g}: must be below 1, for example 0.2")
+    if options.holdout:
+        options.spec = options.spec.hold_out(options.holdout)
     if not options.ema < 1:
         raise ValueError(f"--ema {options.ema}: must be below 1, for example 0.999")
     if options.data is not None and not options.spec.source:
         raise ValueError(f"--data {options.data}: {options.dataset} has no files; say with --dataset which data set the folder holds")
+    if options.cache_dir is not None and options.cache != "disk":
+        raise ValueError(f"--cache-dir {options.cache_dir}: belongs to --cache disk, --cache is {options.cache}; add it, or drop the flag")
     if options.batch_size % options.accumulate:
         raise ValueError(f"--batch-size {options.batch_size}: must be a multiple of --accumulate {options.accumulate}")
     if options.spec.source and options.data is None and not options.dry_run:

@@ -7,9 +7,15 @@
     best.pth               the same at the best validation
     student_best.pth       weights and settings of the best student alone, for eval.py
     DONE | INTERRUPTED     how it ended; INTERRUPTED holds the command that goes on
+    .lock                  held by the process that trains here; says which one
+
+Every validation is followed by a save of last.pth, so best.pth is never newer, but for a kill between the two saves: the resumed
+training then makes that validation again.
 """
 
 import csv
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -18,12 +24,15 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torchvision
 
 from utils import checkpoint, distributed
+from utils.files import replace_file
 from utils.log import logger
 from utils.options import COSMETIC, Options
 
@@ -31,8 +40,12 @@ from utils.options import COSMETIC, Options
 class Run:
     """A training's folder. Only rank 0 writes; every rank reads.
 
+    `state` is the checkpoint to go on from, until `start` hands it over; None for a new run. A run that failed before a step was
+    finished has nothing to lose: it is started anew, with or without --resume, and with any settings.
+
     Raises:
-        ValueError: the folder holds another run, or one that is there already without --resume, or cannot be written.
+        ValueError: the folder holds another run, or one that is there already without --resume, cannot be written, or is in use by
+            another process.
     """
 
     def __init__(self, options: Options, columns: list[str]):
@@ -41,9 +54,11 @@ class Run:
         self.columns = ["step", *columns]
         self._last_is_damaged = False
         self._check_folder()
+        self._lock()  # nobody goes on before everybody has looked
+        self.state = self._find_state()
 
     def _check_folder(self) -> None:
-        """Refuse what would be lost or could not be written, before any work is done."""
+        """Refuse what could not be written, before any work is done."""
         folder = self.folder
         try:
             if folder.exists() and not folder.is_dir():
@@ -54,9 +69,56 @@ class Run:
             probe.unlink()
         except OSError as error:
             raise ValueError(f"--save-dir {folder}: cannot be written ({error.strerror}); choose another folder") from error
-        if (folder / "args.json").exists() and not self.options.resume:
-            raise ValueError(f"--save-dir {folder}: holds a run already; pass --resume to go on with it, or choose another folder")
-        distributed.barrier()  # nobody writes before everybody has looked
+
+    def _lock(self) -> None:
+        """Keep other processes out of the folder while this one lives.
+
+        The kernel lets go of a record lock when its process ends, however it ends, so that none is ever stale. Forked processes do
+        not inherit it, unlike flock's, with which the orphaned loader of a killed training would lock its successor out.
+        """
+        failure = ""
+        if distributed.is_main():
+            self._lock_file = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+            try:
+                fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    self._lock_file.seek(0)
+                    failure = (f"--save-dir {self.folder}: another process trains here ({self._lock_file.read().strip()}); "
+                               f"wait until it ends or stop it, or choose another folder")  # fmt: skip
+                else:
+                    logger.warning("--save-dir %s: cannot be locked (%s); see that nothing else trains there", self.folder, error.strerror)
+            else:
+                self._lock_file.truncate(0)
+                print(f"process {os.getpid()} on {platform.node()}", file=self._lock_file, flush=True)
+        failure = distributed.gather_text(failure)[0]
+        if failure:
+            raise ValueError(failure)
+
+    def _find_state(self) -> dict | None:
+        """The checkpoint to go on from, None for a run that begins."""
+        last = self.folder / "last.pth"
+        if not (last.exists() or (self.folder / "args.json").exists()) or not self._has_steps():
+            return None
+        if not self.options.resume:
+            raise ValueError(f"--save-dir {self.folder}: holds a run already; pass --resume to go on with it, or choose another folder")
+        if self.done:
+            return None
+        state = checkpoint.load_last(last, logger.warning)
+        if state is None:
+            raise ValueError(f"--save-dir {self.folder}: holds a run without its last.pth; put that file back, or choose another folder")
+        return state
+
+    def _has_steps(self) -> bool:
+        """Whether a step of the run in the folder was finished, by all that is left of it."""
+        metrics = self.folder / "metrics.jsonl"
+        if self.done or (self.folder / "best.pth").exists() or metrics.exists() and metrics.stat().st_size:
+            return True
+        last = self.folder / "last.pth"
+        try:
+            return any(path.exists() and checkpoint.load(path)["step"] > 0 for path in (last, checkpoint.previous(last)))
+        except checkpoint.CheckpointError:
+            return True  # damaged: nobody can say what it was
 
     @property
     def done(self) -> bool:
@@ -72,7 +134,7 @@ class Run:
             ValueError: the run in the folder has other settings, or was distilled from another teacher.
         """
         self._configure(model, teacher)
-        state = checkpoint.load_last(self.folder / "last.pth", logger.warning) if self.options.resume else None
+        state, self.state = self.state, None  # as large as the training itself: to be held no longer than needed
         if state is not None:
             self._check_same_run(state["config"])
             self._compare_machines(state["environment"])
@@ -83,8 +145,11 @@ class Run:
         if distributed.is_main():
             last = self.folder / "last.pth"
             self._last_is_damaged = last.exists() and not checkpoint.intact(last)
-            # how it ended before, and what a kill in the middle of a save has left
-            for path in (self.folder / "DONE", self.folder / "INTERRUPTED", *self.folder.glob(".*.tmp")):
+            # how it ended before, what a kill in the middle of a save has left, and what a run left that never finished a step
+            useless = [self.folder / "DONE", self.folder / "INTERRUPTED", *self.folder.glob(".*.tmp")]
+            if state is None:
+                useless += [last, checkpoint.previous(last)]
+            for path in useless:
                 path.unlink(missing_ok=True)
             self._write_arguments()
             self._truncate_metrics(state["step"] if state else 0)
@@ -103,7 +168,11 @@ class Run:
         self._check_same_run(checkpoint.load(self.folder / "student_best.pth")["config"])
 
     def _configure(self, model: dict, teacher: dict | None) -> None:
-        self.config = {"model": model, "teacher": teacher, "dataset": self.options.dataset, "options": self.options.plain()}
+        spec = self.options.spec
+        self.config = {
+            "model": model, "teacher": teacher, "dataset": spec.name, "classes": list(spec.classes),
+            "colours": [list(colour) for colour in spec.colours], "options": self.options.plain(),
+        }  # fmt: skip
 
     def _check_same_run(self, old: dict) -> None:
         differences = []
@@ -111,6 +180,12 @@ class Run:
             differences.append(f"the model is {self.config['model']}, was {old['model']}")
         if (old["teacher"] or {}).get("sha256") != (self.config["teacher"] or {}).get("sha256"):
             differences.append(f"the teacher is {self.config['teacher']}, was {old['teacher']}")
+        for key, what in (("classes", "class"), ("colours", "colour of class")):  # of the data set `folder` they are the user's
+            was, now = old.get(key) or [], self.config[key]
+            changed = next((k for k, (old_one, new_one) in enumerate(zip_longest(was, now)) if old_one != new_one), None)
+            if changed is not None:
+                old_one, new_one = (values[changed] if changed < len(values) else None for values in (was, now))
+                differences.append(f"{what} {changed} is {new_one}, was {old_one}")
         # through json, where tuples and lists are one
         now, was = (flatten(json.loads(json.dumps(options))) for options in (self.config["options"], old["options"]))
         for key in sorted(set(now) | set(was)):
@@ -142,7 +217,8 @@ class Run:
             if row["step"] <= step:
                 rows.append(row)
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        with open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+        table = self.folder / "metrics.csv"
+        with writing(table), open(table, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
@@ -152,9 +228,10 @@ class Run:
         if not distributed.is_main():
             return
         row = {"step": step, **values}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        lines, table = self.folder / "metrics.jsonl", self.folder / "metrics.csv"
+        with writing(lines), open(lines, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        with open(self.folder / "metrics.csv", "a", newline="", encoding="utf-8") as file:
+        with writing(table), open(table, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
 
     def save_last(self, state: dict) -> None:
@@ -192,7 +269,8 @@ class Run:
 
 
 class StopSignal:
-    """Turns the first SIGTERM or SIGINT into a flag; a second SIGINT stops at once, as usual.
+    """Turns the first SIGTERM, SIGINT or SIGHUP (a closed terminal) into a flag; a second SIGINT stops at once, as usual. What is set
+    to be ignored stays so, as under nohup.
 
     `status` is what the process should exit with then: 128 + the signal's number, as a shell expects of an interrupted command.
     """
@@ -202,7 +280,8 @@ class StopSignal:
         self.status = 128 + signal.SIGTERM  # of a rank that stops because another one was told to
 
     def __enter__(self):
-        self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_):
@@ -256,7 +335,19 @@ def commit() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file as a whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Replace a small file as a whole, durably; what the system says against it is one line (`writing`)."""
+    with writing(path):
+        replace_file(path, text)
+
+
+@contextmanager
+def writing(path: Path):
+    """Turns what the system says against writing a file into one line.
+
+    Raises:
+        ValueError: no space, no rights, too large.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; free space or choose another folder") from error

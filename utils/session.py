@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
-from dataset import EndlessSampler, EvalSampler, build_dataset, build_loader
+from dataset import Cache, EndlessSampler, EvalSampler, Spec, build_dataset, build_loader
+from dataset.parallel import cores
 from losses import Setup, build_methods, lad
 from losses.task import TaskLoss
 from models import ALIASES, build_model, count_macs, count_parameters
-from models.weights import load_backbone, load_into, model_from_checkpoint
+from models.fold import fold_batchnorm
+from models.foreign import Foreign, build_foreign
+from models.weights import expected_normalization, load_backbone, load_into, model_from_checkpoint, read_state
 from utils import checkpoint, distributed, log
-from utils.distill import Distiller, LabelAssisted, Teacher
+from utils.distill import Distiller, LabelAssisted, Teacher, check_compile
 from utils.engine import AMP, NonFiniteError, Training, fit
 from utils.log import logger
 from utils.metrics import Inference, Stopped, evaluate
@@ -59,6 +62,7 @@ def explain(error: Exception) -> str:
 def train(options: Options, device: torch.device) -> int | None:
     """Train a network, alone or with a teacher and distillation methods, in `options.save_dir`; the exit status if interrupted."""
     set_deterministic(options)
+    check_compile(options.compile, device, options.accumulate)
     torch.manual_seed(options.seed)
     student = build_student(options)
     teacher_model, teacher_id = build_teacher(options)
@@ -69,15 +73,21 @@ def train(options: Options, device: torch.device) -> int | None:
         teacher_norms=teacher_model.norms if teacher_model else {},
     )  # fmt: skip
     methods = build_methods(options.methods, setup)
-    task = TaskLoss(options.aux_weight if "aux" in student.channels else 0.0)
-    distiller = LabelAssisted(student, task, options.seed) if options.label_assisted else Distiller(student, task, methods)
+    check_needs(methods, student, teacher_model)
+    weights = {"aux": options.aux_weight, "aux2": options.aux_weight, "detail": options.detail_weight}
+    task = TaskLoss(*(weight if name in student.channels else 0.0 for name, weight in weights.items()), options.task_loss)
+    if options.label_assisted:
+        distiller = LabelAssisted(student, task, options.seed, options.compile)
+    else:
+        distiller = Distiller(student, task, methods, options.compile)
     if options.dry_run:
         logger.info("%s\n%s", option_table(options), describe(distiller, teacher_model, options, device))
         return
 
     selection = Split(options, options.spec.select_split, device)
     reported = selection if options.spec.report_split == options.spec.select_split else Split(options, options.spec.report_split, device)
-    pictures = build_dataset(options.spec, options.data, "train", augment=options.spec.augment(options.crop_size), seed=options.seed)
+    spec = options.spec
+    pictures = build_dataset(spec, options.data, spec.train_split, augment=spec.augment(options.crop_size), seed=options.seed)
     sampler = EndlessSampler(
         len(pictures), options.batch_size, rank=distributed.rank(), world=distributed.world(), seed=options.seed, accumulate=options.accumulate
     )
@@ -88,23 +98,33 @@ def train(options: Options, device: torch.device) -> int | None:
         run.check_same(student.config, teacher_id)
         logger.info("%s: done already\n%s", run.folder, (run.folder / "DONE").read_text(encoding="utf-8").strip())
         return
+    if run.state is None:
+        load_pretrained(student, options)
+    sizes = {"parameters": count_parameters(student), "extra_parameters": extra_parameters(distiller), "macs": macs(student, options),
+             "teacher_macs": macs(teacher_model, options) if teacher_model else 0}  # fmt: skip
     resumed = run.start(student.config, teacher_id)
     logger.debug("%s", option_table(options))
     logger.info("%s", describe(distiller, teacher_model, options, device))
 
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    distiller.to(device=device, memory_format=layout)
-    teacher = Teacher(teacher_model.to(device=device, memory_format=layout), distiller.teacher_needs, options.seed) if methods else None
+    distiller.to(device)
+    # methods follow what they are fed: with weights in NHWC a CPU takes a third longer for the gradients of Af-DCD's projector in float32
+    distiller.student.to(memory_format=layout)
+    teacher = frozen_teacher(teacher_model, distiller.teacher_needs, options, device) if methods else None
     training = Training(distiller, build_optimizers(distiller, options), options, device)
     if resumed:
         training.restore(resumed)
         logger.info("going on from step %d", training.step)
+    del resumed  # a second copy of everything that is trained
     sampler.start_step = training.step
+    cache = decoded_cache(options)
+    pictures.keep(cache)
+    selection.pictures.keep(cache)  # read at every validation; the reported split once
     loader = build_loader(pictures, sampler, workers=options.workers, device=device)
     with StopSignal() as stop:
         try:
             if fit(training, teacher, loader, run, selection.evaluate, stop):
-                report(training, run, selection, reported, lambda: stop.received)
+                report(training, run, selection, reported, sizes, lambda: stop.received)
                 return None
         except Stopped:
             run.interrupted(training.step)
@@ -112,24 +132,41 @@ def train(options: Options, device: torch.device) -> int | None:
 
 
 def build_student(options: Options):
-    """The network to train, with the weights it starts from."""
+    """The network to train, with random weights."""
+    follow_pretrained(options)
     aux = options.student_aux
     if aux and not options.aux_weight:
         raise ValueError("--aux-weight 0 leaves the auxiliary head untrained; drop the flag that asks for the head, or give it a weight")
     student = build_model(
         options.student_model, options.student_backbone, options.spec.num_classes, head_width=options.student_head_width,
         aux=False if not options.aux_weight else aux, normalization=options.student_normalization,
-        head_after_dropout=options.student_head_after_dropout, in_channels=4 if options.label_assisted else 3,
+        detail=None if options.detail_weight else False, head_after_dropout=options.student_head_after_dropout,
+        in_channels=4 if options.label_assisted else 3,
     )  # fmt: skip
+    if options.detail_weight and options.sources["detail_weight"] == "command line" and "detail" not in student.channels:
+        raise ValueError(f"--detail-weight {options.detail_weight:g}: {options.student_model} has no detail head; drop the flag")
     if options.label_assisted:
         for module in student.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = lad.DROPOUT
-    if options.student_pretrained_base != "none" and not options.dry_run:
-        logger.info("backbone: %s", load_backbone(student, options.student_pretrained_base))
-    if options.student_pretrained and not options.dry_run:
-        logger.info("%s", load_into(student, options.student_pretrained, allow_classifier_mismatch=True))
     return student
+
+
+def follow_pretrained(options: Options) -> None:
+    """The input normalisation is that of --student-pretrained, unless a flag says another."""
+    path = options.student_pretrained
+    if path and options.sources["student_normalization"] == "default" and Path(path).is_file():
+        expected = expected_normalization(*read_state(path))
+        if expected:
+            options.student_normalization, options.sources["student_normalization"] = expected, "the pretrained file"
+
+
+def load_pretrained(student, options: Options) -> None:
+    """The weights that a new run starts from, where files are given; one that is resumed has its own."""
+    if options.student_pretrained_base != "none":
+        logger.info("backbone: %s", load_backbone(student, options.student_pretrained_base))
+    if options.student_pretrained:
+        logger.info("%s", load_into(student, options.student_pretrained, allow_classifier_mismatch=True))
 
 
 def build_teacher(options: Options):
@@ -140,21 +177,72 @@ def build_teacher(options: Options):
     """
     if not options.methods:
         return None, None
+    if ":" in (options.teacher_model or ""):
+        return build_foreign_teacher(options)
+    if options.teacher_layers:
+        raise ValueError("--teacher-layers names layers of --teacher-model PACKAGE.MODULE:FUNCTION; drop it, or name that function")
     num_classes, path = options.spec.num_classes, options.teacher_checkpoint
     if options.dry_run and options.teacher_model and options.teacher_backbone:
         return build_model(options.teacher_model, options.teacher_backbone, num_classes), None
     if path is None:
         raise ValueError("--teacher-checkpoint is missing: train a teacher with train_baseline.py, or give a published file")
     model, found = model_from_checkpoint(path, normalization=options.teacher_normalization)
-    if model.num_classes != num_classes:
-        raise ValueError(f"teacher checkpoint {path} has {model.num_classes} classes, {options.dataset} has {num_classes}; "
-                         f"pass a --teacher-checkpoint trained on {options.dataset}")  # fmt: skip
+    check_classes(model, path, options.spec, who="teacher checkpoint", remedy=f"pass a --teacher-checkpoint trained on {options.dataset}")
     for flag in ("model", "backbone"):
         asked = getattr(options, f"teacher_{flag}")
         if asked and ALIASES.get(asked, asked) != model.config[flag]:
             raise ValueError(f"--teacher-{flag} {asked}: {path} is a {model.config[flag]}; drop the flag, or give the checkpoint you mean")
     logger.info("teacher: %s", found)
     return model, {"file": os.path.basename(path), "sha256": checkpoint.fingerprint(path)}
+
+
+def build_foreign_teacher(options: Options):
+    """As `build_teacher`, for a network that a function of the user's builds (`models/foreign.py`)."""
+    name, path = options.teacher_model, None if options.dry_run else options.teacher_checkpoint
+    if options.teacher_backbone:
+        raise ValueError(f"--teacher-backbone {options.teacher_backbone}: {name} builds the whole network; drop the flag")
+    model, found = build_foreign(name, path, options.teacher_layers or (), options.crop_size, options.teacher_normalization)
+    if model.num_classes != options.spec.num_classes:
+        raise ValueError(f"teacher {name} has {model.num_classes} classes, {options.dataset} has {options.spec.num_classes}; "
+                         f"have the function build one trained on {options.dataset}")  # fmt: skip
+    logger.info("teacher: %s", found)
+    identity = checkpoint.fingerprint(path) if path else checkpoint.fingerprint_tensors(model.net.state_dict())
+    return model, {"file": os.path.basename(path or name), "sha256": identity}
+
+
+def frozen_teacher(model, needs, options: Options, device: torch.device) -> Teacher:
+    """The teacher as it runs: BatchNorms folded into convolutions, in the format and the precision of the training."""
+    model, folded = fold_batchnorm(model, needs, options.crop_size if isinstance(model, Foreign) else (64, 64))
+    logger.info("teacher: %d BatchNorms folded into convolutions", folded)
+    model.to(device=device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    return Teacher(model, needs, options.seed, AMP[options.amp], options.compile)
+
+
+def check_needs(methods: dict, student, teacher) -> None:
+    """ValueError where a method reads what one of the networks does not have."""
+    for name, method in methods.items():
+        for who, model in (("student", student), ("teacher", teacher)):
+            lacking = [field for field in method.needs if field not in model.channels]
+            if lacking:
+                layers = " ".join(f"{field}=LAYER" for field in lacking)
+                remedy = f"add {layers} to --teacher-layers" if isinstance(model, Foreign) else f"choose another {who}, or another method"
+                raise ValueError(f"--method {name} reads {', '.join(lacking)} of the {who}, which has none; {remedy}")
+
+
+def check_classes(model, path: str, spec: Spec, *, who: str = "checkpoint", remedy: str = "pass --dataset, or --data, of its training") -> None:
+    """ValueError where the model of a checkpoint has other classes than the data set: another number, or, if the file names them, others."""
+    if model.num_classes != spec.num_classes:
+        raise ValueError(f"{who} {path} has {model.num_classes} classes, {spec.name} has {spec.num_classes}; {remedy}")
+    config = read_state(path)[1]["config"] or {}
+    for number, (theirs, ours) in enumerate(zip(config.get("classes") or spec.classes, spec.classes, strict=False)):
+        if theirs != ours:
+            raise ValueError(f"{who} {path} calls class {number} {theirs!r}, {spec.name} calls it {ours!r}; {remedy}")
+
+
+def decoded_cache(options: Options) -> Cache:
+    """What --cache asks for; on several ranks the first of each node builds it, while the others wait as long as --dist-timeout."""
+    return Cache(options.cache, options.cache_dir, workers=cores() if options.workers else 0, rank=distributed.rank(),
+                 leader=distributed.leader(), gather=distributed.gather_text, tell=logger.info)  # fmt: skip
 
 
 class Split:
@@ -172,8 +260,9 @@ class Split:
         return evaluate(model, self.loader, len(self.pictures), self.spec, self.device, Inference(), self.amp, stop)
 
 
-def report(training: Training, run: Run, selection: Split, reported: Split, stop) -> None:
-    """Scores of the last and of the best student on the split that the field reports, once, at the end: report.json and DONE.
+def report(training: Training, run: Run, selection: Split, reported: Split, sizes: dict, stop) -> None:
+    """Scores of the last and of the best student on the split that the field reports, once, at the end, and what the training has
+    cost: report.json and DONE. `sizes`: of the networks, for the report.
 
     The best was chosen on the selection split; where that is the reported one (Cityscapes, VOC), the table says so.
     """
@@ -189,7 +278,8 @@ def report(training: Training, run: Run, selection: Split, reported: Split, stop
     logger.info("%s\n%s", text, rows["best"].table(spec.classes))
     content = {
         "split": reported.name, "selected_on": selection.name, "selection_miou": training.best,
-        "classes": list(spec.classes), "seconds": training.budget.seconds,
+        "holdout": training.options.holdout, "classes": list(spec.classes), "seconds": training.budget.seconds,
+        "cost": sizes | cost(training),
         "steps": {"last": training.step, "best": best["step"]}, **{name: scores.plain() for name, scores in rows.items()},
     }  # fmt: skip
     if distributed.is_main():
@@ -197,19 +287,39 @@ def report(training: Training, run: Run, selection: Split, reported: Split, stop
     run.finish(text)
 
 
+def cost(training: Training) -> dict:
+    """What the steps have cost, on the rank with the largest need of memory; seconds per step None where no step was timed."""
+    budget, on_gpu = training.budget, training.device.type == "cuda"
+    peak = -int(distributed.minimum(torch.tensor(-training.peak_memory)))
+    return {
+        "seconds_per_step": budget.seconds / budget.steps if budget.steps else None, "timed_steps": budget.steps, "ranks": distributed.world(),
+        "peak_memory": peak, "peak_memory_of": "tensors on one GPU (max_memory_allocated)" if on_gpu else "one process (ru_maxrss)",
+    }  # fmt: skip
+
+
+def extra_parameters(distiller: Distiller) -> int:
+    """Weights of the methods' own, which are trained along with the student and thrown away."""
+    return sum(p.numel() for method in distiller.methods.values() for p in method.parameters())
+
+
+def macs(model, options: Options) -> int:
+    """Multiply-adds of the forward pass of one crop."""
+    return model.macs if isinstance(model, Foreign) else count_macs(model, *options.crop_size)
+
+
 def describe(distiller: Distiller, teacher, options: Options, device: torch.device) -> str:
     """What is trained, in a few lines: networks with their size, terms with their weights, the ranks."""
     height, width = options.crop_size
 
     def line(who, model):
-        name = f"{model.config['model']}-{model.config['backbone']}"
-        parameters, macs = count_parameters(model) / 1e6, count_macs(model, height, width) / 1e9
-        return f"{who}: {name}, {parameters:.2f} M parameters, {macs:.2f} GMAC per {height}x{width} crop"
+        name = "-".join(filter(None, (model.config["model"], model.config["backbone"])))
+        parameters = count_parameters(model) / 1e6
+        return f"{who}: {name}, {parameters:.2f} M parameters, {macs(model, options) / 1e9:.2f} GMAC per {height}x{width} crop"
 
     lines = [line("student" if teacher else "network", distiller.student)]
     if teacher is not None:
         lines.append(line("teacher", teacher))
-    extra = sum(p.numel() for method in distiller.methods.values() for p in method.parameters())
+    extra = extra_parameters(distiller)
     lines.append("loss: " + " + ".join(f"{value:g} {name}" for name, value in distiller.term_factors(0.0).items()))
     if extra:
         lines.append(f"the methods add {extra / 1e6:.2f} M parameters during training")

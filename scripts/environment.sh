@@ -30,10 +30,8 @@ prepare_environment() {
     done
 }
 
-# launch SCRIPT ARGUMENTS...: one process per GPU under torchrun, a plain process where one is enough.
-launch() {
-    local script="$1"
-    shift
+# Make PYTHON the interpreter described above.
+find_python() {
     if [ -z "${PYTHON:-}" ]; then
         if [ -x "$ROOT/.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
             PYTHON="$ROOT/.venv/bin/python"
@@ -41,6 +39,13 @@ launch() {
             PYTHON="$(command -v python || command -v python3)"
         fi
     fi
+}
+
+# launch SCRIPT ARGUMENTS...: one process per GPU under torchrun, a plain process where one is enough.
+launch() {
+    local script="$1"
+    shift
+    find_python
     local processes="${GPUS:-}"
     if [ -z "$processes" ]; then
         processes="$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')"

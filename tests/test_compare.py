@@ -1,0 +1,519 @@
+"""The comparison: arms and budgets as they are written, what is refused, pairing, tuning, jobs that fail, stop and go on."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import get_spec, shapes
+from scripts import compare
+from scripts.compare import Arm, Budget, Job, Plan, check, draws, grouped, job, keep, parse_arm, run_jobs, rungs, settings
+from tests.paths import REPOSITORY
+from tests.workers import save_model, train
+from utils import session
+from utils.options import train_options
+from utils.run import StopSignal
+
+SMALL = ("--student-backbone", "mobilenetv2", "--student-head-width", "8", "--crop-size", "32", "--batch-size", "2", "--device", "cpu",
+         "--workers", "0")  # fmt: skip
+
+
+def plan(*methods, seeds=(0, 1), budget="iterations:10", teacher="teacher.pth", flags=SMALL, **others) -> Plan:
+    who = {"path": str(teacher), "sha256": "a" * 64}
+    return Plan("shapes", None, who, tuple(map(parse_arm, methods)), tuple(seeds), Budget.parse(budget), tuple(flags), 1, **others)
+
+
+def options_of(candidate: Job):
+    script, *arguments = candidate.arguments
+    return train_options(arguments, distil=script == "train_kd.py", description="")
+
+
+# ---------------------------------------------------------------------------------------------------------------- arms, budgets
+
+
+def test_arms():
+    assert parse_arm("none") == Arm("none", (), {}, 0)
+    assert parse_arm("kd+cwd:lr=0.1,--cwd_logits_weight=5,seed-offset=100") == Arm(
+        "kd+cwd:lr=0.1,--cwd_logits_weight=5,seed-offset=100", ("kd", "cwd"), {"lr": "0.1", "cwd-logits-weight": "5"}, 100
+    )
+    assert re.fullmatch(r"[\w.+=-]+", parse_arm("kd+cwd:crop-size=32 64,lr=1e-6").folder)
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("nothing", "--methods nothing: there is no method 'nothing'; possible: none, "),
+        ("kd+", "--methods kd+: there is no method ''"),
+        ("kd:lr", "--methods kd:lr: 'lr' has no value; write kd:flag=value"),
+        ("kd:max-iterations=5", "--methods kd:max-iterations=5: max-iterations is the comparison's to set, the same for all arms"),
+        ("none:seed-offset=x", "--methods none:seed-offset=x: seed-offset 'x' is no number"),
+    ],
+)
+def test_arms_that_are_refused(token, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_arm(token)
+
+
+def test_budgets():
+    assert Budget.parse("iterations:40").flags(4) == ["--max-iterations", "40"]
+    assert Budget.parse("minutes:1.5").flags(4) == ["--max-minutes", "1.5"]
+    assert Budget.parse("gpu-seconds:240").flags(4) == ["--max-minutes", "1"], "240 seconds of 4 devices are a minute"
+    assert str(Budget.parse("minutes:30") * 0.5) == "minutes:15"
+    for text in ("40", "minutes", "hours:1", "minutes:0", "minutes:-1", "minutes:inf", "minutes:nan", "iterations:x"):
+        with pytest.raises(ValueError, match="give iterations:N, minutes:M or gpu-seconds:S"):
+            Budget.parse(text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- flags
+
+
+def test_flags_go_where_they_belong():
+    flags = ("--lr", "0.5", "--kd-temperature=4", "--no-kd-mask-ignored", "--dist-timeout", "77", "--teacher-normalization", "imagenet")
+    both = plan("none:lr=0.25", "kd", "cwd", flags=[*SMALL, *flags])
+    none, kd, cwd = (options_of(job(both, arm, 3, Path("x"), both.budget)) for arm in both.arms)
+    assert (none.lr, kd.lr, cwd.lr) == (0.25, 0.5, 0.5), "an arm's own flag wins"
+    assert kd.methods["kd"].temperature == 4 and not kd.methods["kd"].mask_ignored and list(cwd.methods) == ["cwd"]
+    assert none.dist_timeout == kd.dist_timeout == 77, "not a flag of the method dist"
+    assert kd.teacher_normalization == "imagenet" and not hasattr(none, "teacher_normalization")
+    assert none.seed == kd.seed == 3 and none.max_iterations == 10 and none.resume
+    assert options_of(job(both, parse_arm("none:seed-offset=100"), 3, Path("x"), both.budget)).seed == 103
+
+
+def test_grouped():
+    assert grouped(["--lr", "1", "--ema=0.9", "--crop_size", "32", "64", "--resume"]) == [
+        ["--lr", "1"], ["--ema", "0.9"], ["--crop-size", "32", "64"], ["--resume"]]  # fmt: skip
+    with pytest.raises(ValueError, match="'lr' after --: give options of train_kd.py"):
+        grouped(["lr", "1"])
+
+
+@pytest.mark.parametrize(
+    ("arm", "flags", "message"),
+    [
+        ("kd", ["--learnrate", "1"], "kd, seed 0: unknown option --learnrate; --help lists all"),
+        ("none", ["--kd-temperature", "1", "--lr", "x"], "none, seed 0: argument --lr: invalid float value: 'x'"),
+        ("kd:cwd-logits-weight=1", [], "kd:cwd-logits-weight=1, seed 0: --cwd-logits-weight belongs to cwd"),
+    ],
+)
+def test_every_command_is_checked_before_anything_starts(arm, flags, message):
+    refused = plan(arm, flags=[*SMALL, *flags])
+    with pytest.raises(ValueError) as error:
+        check([job(refused, refused.arms[0], 0, Path("x"), refused.budget)])
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flags", "message"),
+    [
+        (["--methods", "kd"], [], "--teacher-checkpoint is missing"),
+        (["--methods", "kd", "--teacher-checkpoint", "no.pth"], [], "--teacher-checkpoint no.pth: no such file"),
+        (["--methods", "none"], ["--seed", "1", "--no-resume"], "--seed, --no-resume after --: the comparison sets it itself"),
+        (["--methods", "none", "--jobs", "0"], [], "--jobs 0: must be at least 1"),
+        (["--methods", "none", "--budget", "epochs:3"], [], "budget 'epochs:3'"),
+        (["--methods", "none", "--tune", "lr", "--launcher", "slurm"], [], "--launcher slurm: --tune chooses later trainings by earlier ones"),
+    ],
+)
+def test_plans_that_are_refused(arguments, flags, message):
+    options = compare.build_parser().parse_args([*arguments, "--output", "out"])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare.plan_of(options, flags)
+
+
+def test_a_plan_takes_more_arms_and_seeds_and_nothing_else(tmp_path):
+    first = keep(plan("none", "kd"), tmp_path)
+    assert Plan.of(json.loads((tmp_path / "plan.json").read_text())).plain() == first.plain()
+    more = keep(plan("cwd", "none", seeds=(5, 0), teacher="moved/teacher.pth"), tmp_path)
+    assert [arm.name for arm in more.arms] == ["none", "kd", "cwd"] and more.seeds == (0, 1, 5)
+    for other in (plan("none", budget="iterations:11"), plan("none", flags=[*SMALL, "--lr", "1"]), plan("none", tune=("lr",), trials=2)):
+        with pytest.raises(ValueError, match="holds another comparison .*choose another folder"):
+            keep(other, tmp_path)
+    stranger = Plan.of(plan("none").plain() | {"teacher": {"path": "teacher.pth", "sha256": "b" * 64}})
+    with pytest.raises(ValueError, match=f"teacher is {'b' * 64}, was {'a' * 64}"):
+        keep(stranger, tmp_path)
+
+
+def test_a_baseline_alone_may_get_a_teacher_later(tmp_path):
+    keep(Plan.of(plan("none").plain() | {"teacher": None}), tmp_path)
+    assert keep(plan("none", "kd"), tmp_path).teacher["sha256"] == "a" * 64
+    assert keep(Plan.of(plan("none").plain() | {"teacher": None}), tmp_path).teacher["sha256"] == "a" * 64
+
+
+# --------------------------------------------------------------------------------------------------------------------- pairing
+
+
+def digest(*tensors) -> str:
+    return hashlib.sha256(b"".join(t.detach().contiguous().cpu().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def test_arms_of_a_seed_begin_alike(tmp_path, monkeypatch):
+    """Initial student and first batches by their hashes: equal for all arms of a seed, other ones with another seed."""
+    save_model(tmp_path / "teacher.pth", 1)
+    monkeypatch.setitem(shapes.COUNTS, "train", 12)
+    seen = []
+
+    def fit(training, teacher, loader, run, validate, stop):
+        batches = iter(loader)
+        parts = [tensor for _ in range(8) for batch in [next(batches)] for tensor in (batch.image, batch.target)]  # over an epoch's end
+        seen.append((digest(*training.distiller.student.state_dict().values()), digest(*parts)))
+        return False
+
+    monkeypatch.setattr(session, "fit", fit)
+    several = plan("none", "kd", "cirkd", "afdcd", "none:lr=0.5", teacher=tmp_path / "teacher.pth")
+    for seed in (0, 1):
+        for arm in several.arms:
+            session.train(options_of(job(several, arm, seed, tmp_path / arm.folder / str(seed), several.budget)), torch.device("cpu"))
+    assert len(set(seen[:5])) == len(set(seen[5:])) == 1 and not set(seen[0]) & set(seen[5])
+
+
+# --------------------------------------------------------------------------------------------------------------------- holding out
+
+
+def test_held_out_pictures(monkeypatch):
+    whole = [item.name for item in get_spec("shapes").find(None, "train")[0]]
+    spec = get_spec("shapes").hold_out(0.2)
+    kept, held = ([item.name for item in spec.find(None, split)[0]] for split in (spec.train_split, spec.select_split))
+    assert spec.select_split == spec.report_split and len(held) == round(0.2 * len(whole)) and sorted(kept + held) == whole
+    assert kept == sorted(kept) and held == sorted(held), "in the list's order"
+    assert held != whole[: len(held)] and held != whole[-len(held) :], "drawn, not cut off"
+    assert [item.name for item in get_spec("shapes").hold_out(0.2).find(None, spec.select_split)[0]] == held
+    assert [item.name for item in spec.find(None, "test")[0]] == [item.name for item in get_spec("shapes").find(None, "test")[0]]
+    for share, count in ((1e-6, 1), (0.999999, len(whole) - 1)):
+        assert len(get_spec("shapes").hold_out(share).find(None, "train-held-out")[0]) == count
+    monkeypatch.setitem(shapes.COUNTS, "train", 1)
+    assert "1 training pictures, none can be held out" in spec.find(None, "train-held-out")[1][0]
+
+
+def few_pictures():
+    shapes.COUNTS.update(train=10)
+
+
+def test_a_training_reports_on_what_it_held_out(tmp_path):
+    """And what it has cost."""
+    started = train(tmp_path, "--save-dir", "run", "--max-iterations", "7", "--val-interval", "7", "--holdout", "0.3", "--workers", "0",
+                    change=few_pictures)  # fmt: skip
+    assert started.wait() == [0], started.text
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["split"], report["selected_on"], report["holdout"]) == ("train-held-out", "train-held-out", 0.3)
+    assert report["last"]["images"] == 3 and "validation on train-held-out" in started.text
+    cost = report["cost"]
+    assert cost["timed_steps"] == 2 and cost["seconds_per_step"] == pytest.approx(report["seconds"] / 2)
+    assert cost["extra_parameters"] == cost["teacher_macs"] == 0 and cost["parameters"] > 1e6 and cost["macs"] > 1e6
+    assert cost["peak_memory"] > 100 << 20 and cost["peak_memory_of"] == "one process (ru_maxrss)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------- tuning
+
+
+def test_all_arms_get_the_same_draws():
+    tuned = plan("none", "kd", tune=("lr", "weight-decay", "weight"), trials=200)
+    factors = draws(tuned)
+    assert factors == draws(plan("afdcd", tune=("lr", "weight-decay", "weight"), trials=200)) and len(factors) == 200
+    assert factors[0] == {"lr": 1, "weight-decay": 1, "weight": 1}
+    for name, reach in (("lr", 4), ("weight-decay", 10), ("weight", 8)):
+        logs = np.log([f[name] for f in factors[1:]]) / np.log(reach)
+        assert -1 <= logs.min() < -0.9 and 0.9 < logs.max() <= 1 and abs(logs.mean()) < 0.12, "log-uniform"
+
+
+def test_settings_are_the_recipes_times_the_factors():
+    tuned = plan("none", "cirkd", "kd:lr=0.4", flags=[*SMALL, "--kd-weight", "3"])
+    none, cirkd, kd = tuned.arms
+    assert settings(tuned, cirkd, {"lr": 1.0, "weight": 1.0}) == {}, "the first trial is the recipe itself"
+    recipe = options_of(job(tuned, none, 0, Path("x"), tuned.budget))
+    assert settings(tuned, none, {"lr": 2.0, "weight-decay": 0.5, "weight": 4.0}) == {
+        "lr": f"{2 * recipe.lr:.4g}", "weight-decay": f"{recipe.weight_decay / 2:.4g}"}  # fmt: skip
+    assert settings(tuned, kd, {"lr": 2.0, "weight": 2.0}) == {"lr": "0.8", "kd-weight": "6"}
+    found = settings(tuned, cirkd, {"weight": 2.0})
+    own = options_of(job(tuned, cirkd, 0, Path("x"), tuned.budget)).methods["cirkd"]
+    assert len(found) > 1 and all(
+        float(value) == pytest.approx(2 * getattr(own, name.removeprefix("cirkd-").replace("-", "_")), rel=1e-3) for name, value in found.items()
+    )
+
+
+def test_rounds_of_a_search():
+    assert rungs(plan("none", tune=("lr",), trials=12)) == [(12, Budget("iterations", 10))]
+    halving = rungs(plan("none", tune=("lr",), trials=12, search="halving", tune_budget=Budget("iterations", 400)))
+    assert [(count, budget.amount) for count, budget in halving] == [(12, 100), (6, 200), (3, 400)]
+
+
+@pytest.mark.parametrize("search", ["random", "halving"])
+def test_the_best_held_out_trial_wins(tmp_path, monkeypatch, search):
+    """A training is as good as its learning rate is near 0.01, and diverges above 0.03: every arm finds the nearest of its own draws."""
+    def run(jobs, slots, processes, stop):
+        for candidate in jobs:
+            options = options_of(candidate)
+            assert options.holdout == compare.TUNING_SHARE and options.seed == compare.TUNING_SEED
+            candidate.folder.mkdir(parents=True, exist_ok=True)
+            if options.lr < 0.03:
+                (candidate.folder / "DONE").touch()
+                score = -abs(np.log(options.lr / 0.01))
+                (candidate.folder / "report.json").write_text(json.dumps({"last": {"miou": score}}))
+        return [candidate for candidate in jobs if not candidate.done]
+
+    monkeypatch.setattr(compare, "run_jobs", run)
+    tuned = plan("none", "kd:lr=0.02", flags=[*SMALL, "--lr", "0.016"], tune=("lr", "weight"), trials=12, search=search)
+    with StopSignal() as stop:
+        best, rows, failed = compare.tune(tuned, tmp_path, 1, stop)
+    for name, rate in (("none", 0.016), ("kd:lr=0.02", 0.02)):
+        rates = [rate * factors["lr"] for factors in draws(tuned)]
+        nearest = min(rates, key=lambda value: abs(np.log(value / 0.01)))
+        assert float(best[name].get("lr", rate)) == pytest.approx(nearest, rel=1e-3)
+        count = sum(number for number, _ in rungs(tuned))
+        assert len([row for row in rows if row["arm"] == name]) == count, "as many trials for all"
+    assert failed and all(row["miou"] is None and row["failure"] for row in rows if row["trial"] in (
+        int(re.search(r"trial(\d+)", str(candidate.folder)).group(1)) for candidate in failed if candidate.name.startswith(row["arm"] + ",")))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ jobs
+
+
+FAKE = """
+import json, pathlib, signal, sys, time
+folder, how = pathlib.Path(sys.argv[1]), sys.argv[2]
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder / "starts", "a") as file:
+    file.write("start\\n")
+def stop(number, frame):
+    with open(folder / "signals", "a") as file:
+        file.write(f"{number}\\n")
+signal.signal(signal.SIGTERM, stop)
+if how == "fail" and not (folder / "mended").exists():
+    print("step 3  loss 2")
+    print("error: step 4: not finite: total")
+    print("bye")
+    sys.exit(2)
+if how == "slow":
+    (folder / "begun").touch()
+    while not (folder / "signals").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    sys.exit(143)
+(folder / "report.json").write_text(json.dumps({"last": {"miou": 50.0}}))
+(folder / "DONE").touch()
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """(name, how) -> Job of a training that does nothing."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    return lambda name, how="good": Job(name, tmp_path / "runs" / name, (str(script), str(tmp_path / "runs" / name), how))
+
+
+def test_a_failure_is_shown_and_stops_nothing_else(fake, capfd):
+    jobs = [fake("a"), fake("b", "fail"), fake("c"), fake("d")]
+    with StopSignal() as stop:
+        assert run_jobs(jobs, 2, 1, stop) == [jobs[1]]
+        assert "b: failed: error: step 4: not finite: total" in capfd.readouterr().out
+        assert [candidate.done for candidate in jobs] == [True, False, True, True]
+        (jobs[1].folder / "mended").touch()
+        assert run_jobs(jobs, 2, 1, stop) == []
+    assert "3 of 4 trainings are done already" in capfd.readouterr().out
+    assert [(candidate.folder / "starts").read_text().count("start") for candidate in jobs] == [1, 2, 1, 1]
+
+
+def test_a_signal_stops_the_trainings_once_and_starts_no_more(fake):
+    jobs = [fake("a", "slow"), fake("b", "slow"), fake("c")]
+
+    def interrupt():
+        while not all((candidate.folder / "begun").exists() for candidate in jobs[:2]):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    with StopSignal() as stop:
+        thread.start()
+        assert run_jobs(jobs, 2, 1, stop) == [], "stopped is not failed"
+        thread.join()
+        assert stop.received
+    assert [(candidate.folder / "signals").read_text() for candidate in jobs[:2]] == [f"{int(signal.SIGTERM)}\n"] * 2
+    assert not jobs[2].folder.exists()
+
+
+def hold(path: Path, seconds: float) -> subprocess.Popen:
+    """Another process that holds a file's lock for some time, once this returns."""
+    code = ("import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); "
+            "time.sleep(float(sys.argv[2]))")  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(seconds)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_training_that_is_still_saving_is_waited_for(fake):
+    orphaned, other = fake("a"), fake("b")
+    process = hold(orphaned.folder / ".lock", 2)
+    with StopSignal() as stop:
+        assert run_jobs([orphaned, other], 1, 1, stop) == []
+    assert process.poll() == 0 and orphaned.done
+    assert (other.folder / "DONE").stat().st_mtime < (orphaned.folder / "DONE").stat().st_mtime
+
+
+def test_one_comparison_per_folder(tmp_path):
+    process = hold(tmp_path / ".lock", 60)
+    with pytest.raises(ValueError, match="another comparison is at work here; wait until it ends, or choose another folder"), compare.alone(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with compare.alone(tmp_path):
+        pass
+
+
+def test_processes_share_the_machine(fake, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compare.subprocess, "Popen", lambda command, **others: asked.append((command, others["env"])))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    compare.start(fake("a"), 1, 2, 2)
+    command, environment = asked[0]
+    assert environment["CUDA_VISIBLE_DEVICES"] == "6,7" and command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_slurm_script(fake, tmp_path, monkeypatch, capsys):
+    """One task per training that is not done, in the folder in which the comparison was asked for."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text('#!/bin/sh\necho "Submitted batch job 7"\n')
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    jobs = [fake("a"), fake("b", "fail"), fake("c")]
+    with StopSignal() as stop:
+        run_jobs(jobs[:1], 1, 1, stop)
+    with pytest.raises(ValueError, match="there is no sbatch on this machine; submit .*slurm.sh"):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        compare.submit(jobs, tmp_path, 2)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    compare.submit(jobs, tmp_path, 2)
+    assert "Submitted batch job 7\n2 trainings submitted" in capsys.readouterr().out
+    script = (tmp_path / "slurm.sh").read_text()
+    assert "#SBATCH --array=0-1\n#SBATCH --gpus=2\n" in script and '--run-job "$SLURM_ARRAY_TASK_ID"' in script
+    assert subprocess.run(["bash", "-n", str(tmp_path / "slurm.sh")]).returncode == 0
+    keep(plan("none"), tmp_path)
+    here = os.getcwd()
+    try:
+        assert compare.run_submitted(tmp_path, 0) == 1 and compare.run_submitted(tmp_path, 1) == 0
+    finally:
+        os.chdir(here)
+    assert jobs[2].done and not jobs[1].done
+    with pytest.raises(ValueError, match="--run-job 2: .*jobs.json has no such job"):
+        compare.run_submitted(tmp_path, 2)
+
+
+# -------------------------------------------------------------------------------------------------------------- the whole command
+
+
+def test_launcher_of_the_shell(tmp_path):
+    """scripts/compare.sh asks for what its variables say; flags of the caller follow, those of the trainings behind --."""
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    stub.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(stub), "METHODS": "none kd+cwd", "SEEDS": "4 5", "DATASET": "camvid", "DATA": "/data"}
+    given = ["bash", str(REPOSITORY / "scripts" / "compare.sh"), "--jobs", "2", "--", "--amp", "bf16"]
+    done = subprocess.run(given, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    arguments = done.stdout.splitlines()
+    assert arguments[:2] == ["-m", "scripts.compare"] and arguments[-3:] == ["--", "--amp", "bf16"]
+    options = compare.build_parser().parse_args(arguments[2:-3])
+    assert (options.methods, options.seeds, options.dataset, options.data, options.jobs) == (["none", "kd+cwd"], [4, 5], "camvid", "/data", 2)
+    assert options.teacher_checkpoint == "runs/camvid/deeplabv3-resnet18/student_best.pth" and str(options.output) == "runs/camvid/compare"
+
+
+GO = """
+import runpy, sys
+from dataset import shapes
+shapes.COUNTS.update(train=24, val=4, test=8)
+if sys.argv[1:2] == ["compare"]:
+    from scripts import compare
+    compare.interpreter = lambda processes: [sys.executable, __file__]
+    del sys.argv[1]
+    compare.main()
+else:
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+TEACHER = ("--teacher-checkpoint", "teacher.pth")
+
+
+@pytest.fixture
+def command(tmp_path):
+    """(*arguments) -> the started comparison, with 24, 4 and 8 pictures in the drawn splits, in a session of its own."""
+    (tmp_path / "go.py").write_text(GO)
+    save_model(tmp_path / "teacher.pth", 1)
+
+    def start(*arguments, flags=SMALL, **variables):
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | variables
+        full = [sys.executable, "go.py", "compare", *TEACHER, *arguments, "--output", "out", "--", *flags]
+        with open(tmp_path / "console.txt", "a") as console:
+            return subprocess.Popen(full, cwd=tmp_path, env=environment, stdout=console, stderr=subprocess.STDOUT, start_new_session=True)
+
+    return start
+
+
+def scores(folder: Path) -> list[str]:
+    """results.csv without what no two runs share."""
+    return [",".join(line.split(",")[:8]) for line in (folder / "out" / "results.csv").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["iterations:10", "minutes:0.05"])
+def test_the_whole_command(command, tmp_path, budget):
+    """Five arms, three seeds: everything is trained, and nothing a second time."""
+    arguments = ("--methods", "none", "kd", "cwd", "cirkd", "afdcd", "--seeds", "0", "1", "2", "--budget", budget, "--jobs", "2")
+    assert command(*arguments).wait(6000) == 0, (tmp_path / "console.txt").read_text()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["runs"]) == 15 and all(run["done"] for run in results["runs"])
+    assert len(results["verdicts"]) == 4 + 3 and results["teacher"]["miou"] > 0
+    if budget == "iterations:10":
+        assert {run["steps"] for run in results["runs"]} == {10}
+    else:
+        assert all(3 <= run["seconds"] < 3 + 10 * run["cost"]["seconds_per_step"] for run in results["runs"]), "and the step that ends them"
+        assert len({run["steps"] for run in results["runs"]}) > 1, "whoever is slow makes fewer steps"
+    before = scores(tmp_path)
+    assert command(*arguments).wait(600) == 0
+    assert scores(tmp_path) == before and "15 of 15 trainings are done already" in (tmp_path / "console.txt").read_text()
+
+
+@pytest.mark.slow
+def test_other_seeds_decide_nothing_and_a_planted_worse_arm_is_found(command, tmp_path):
+    flags = (*SMALL[:4], "--crop-size", "64", "--batch-size", "8", *SMALL[8:], "--optimizer", "adamw", "--lr", "0.003", "--val-interval", "60")
+    arguments = ("--methods", "none", "none:seed-offset=100", "none:lr=1e-6", "--seeds", "0", "1", "2", "3", "--budget", "iterations:60")
+    assert command(*arguments, "--jobs", "2", flags=flags).wait(6000) == 0, (tmp_path / "console.txt").read_text()
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    verdicts = {row["arm"]: row["text"] for row in content["verdicts"]}
+    assert "undecided" in verdicts["none:seed-offset=100"] and verdicts["none:lr=1e-6"].startswith("none:lr=1e-6 < none: -")
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_scores(command, tmp_path):
+    arguments = ("--methods", "none", "kd", "--seeds", "0", "1", "--budget", "iterations:12")
+    flags = (*SMALL, "--save-interval", "1")
+    assert command(*arguments, flags=flags).wait(3000) == 0, (tmp_path / "console.txt").read_text()
+    expected = scores(tmp_path)
+    (tmp_path / "out").rename(tmp_path / "whole")
+    random = np.random.default_rng(0)
+    for _ in range(4):
+        process = command(*arguments, flags=flags)
+        time.sleep(random.uniform(10, 40))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert command(*arguments, flags=flags).wait(3000) == 0, (tmp_path / "console.txt").read_text()
+    assert scores(tmp_path) == expected
+
+
+@pytest.mark.slow
+def test_slurm_from_end_to_end(command, tmp_path):
+    """A stand-in for sbatch runs the tasks of the script one after the other; the command then writes the report."""
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nfor task in 0 1; do SLURM_ARRAY_TASK_ID=$task bash "$1" || exit; done\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    arguments = ("--methods", "none", "--seeds", "0", "1", "--budget", "iterations:2", "--launcher", "slurm")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert command(*arguments, PATH=path).wait(1500) == 0, (tmp_path / "console.txt").read_text()
+    assert command(*arguments, PATH=path).wait(600) == 0
+    assert len(scores(tmp_path)) == 3 and (tmp_path / "out" / "report.html").exists()

@@ -1,4 +1,4 @@
-"""`python -m models`: every model with its cost at 19 classes; takes seconds, needs no accelerator."""
+"""`python -m models`: every model with its cost at 19 classes; takes a minute or two, needs no accelerator."""
 
 import torch
 

@@ -87,14 +87,14 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def infer_config(state: dict[str, Tensor]) -> dict:
-    """Arguments of `build_model` that fit a state dict: of every backbone and every head, the one that has just these names and shapes.
+    """Arguments of `build_model` that fit a state dict: the backbone and the head that share most of its names and shapes.
 
     Names cannot tell the generation of a published model (CIRKD v1, CIRKDv2), widths do. The tensors do not show two things: the
     output stride, taken to be the published one, and the normalisation: that of the codebase whose names the file has, the default
     "imagenet" for this project's.
 
     Raises:
-        ValueError: one line; the model is none that this project has.
+        ValueError: one line; the model is like none that this project has.
     """
     normalization = normalization_of(state) or "imagenet"
     first = next(iter(state))
@@ -131,28 +131,36 @@ def part(state: dict[str, Tensor], prefix: str) -> dict[str, tuple[int, ...]]:
 
 
 def find_backbone(shapes: dict[str, tuple[int, ...]]) -> tuple[str | None, int]:
-    """(name, input planes) of the backbone with these tensors, which may have a fourth input plane; (None, 3) if there is none."""
-    for name in BACKBONES:
-        own = part(empty_backbone(name).state_dict(), "")
-        if own.keys() == shapes.keys():
-            different = [(own[key], shapes[key]) for key in own if own[key] != shapes[key]]
-            if not different:
-                return name, 3
-            if len(different) == 1 and (different[0][0][:1] + (4,) + different[0][0][2:]) == different[0][1]:
-                return name, 4
-    return None, 3
+    """(name, input planes) of the backbone that is nearest to these tensors, which may have a fourth input plane; (None, 3): no near one."""
+    candidates = {name: part(empty_backbone(name).state_dict(), "") for name in BACKBONES}
+    name = nearest(candidates, shapes)
+    stems = [(candidates[name][key], shapes[key]) for key in candidates[name] if key in shapes] if name else []
+    four = any(len(own) == 4 and own[1] == 3 and theirs == (own[0], 4, *own[2:]) for own, theirs in stems)
+    return name, 4 if four else 3
 
 
 def find_head(shapes: dict[str, tuple[int, ...]], backbone: str, width: int, num_classes: int) -> str | None:
-    """The model whose head on this backbone has these tensors; None if there is none."""
-    channels = empty_backbone(backbone).channels
+    """The model whose head on this backbone is nearest to these tensors; None: no near one."""
+    channels, candidates = empty_backbone(backbone).channels, {}
     for name in sorted(MODELS, key=lambda name: default_width(name, backbone) != width):  # UPerNet and its lite form differ in width alone
         if backbone in backbones_of(name):
             with torch.device("meta"):
                 head = MODELS[name].head(channels, width, num_classes, **of_backbone(MODELS[name].head_options, backbone, {}))
-            if part(head.state_dict(), "") == shapes:
-                return name
-    return None
+            candidates[name] = part(head.state_dict(), "")
+    return nearest(candidates, shapes)
+
+
+def nearest(candidates: dict[str, dict[str, tuple[int, ...]]], shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """The candidate that shares most tensors, by name and shape, and the first of equals; None where it is not even half of them.
+
+    Loading compares every tensor: of a file that is nearly a known network, the user sees the table of what differs.
+    """
+    def share(name: str) -> float:
+        own = candidates[name]
+        return sum(own.get(key) == shape for key, shape in shapes.items()) / max(len(own), len(shapes), 1)
+
+    best = max(candidates, key=share, default=None)
+    return best if best is not None and share(best) > 0.5 else None
 
 
 @functools.cache

@@ -430,7 +430,8 @@ def evaluate_teacher(plan: Plan, folder: Path) -> dict | None:
                 command += [flag.replace("--teacher-", "--"), *values]
         found = subprocess.run(command, capture_output=True, text=True)
         if found.returncode:
-            raise ValueError(f"the teacher cannot be evaluated: {(found.stdout + found.stderr).strip().splitlines()[-1]}")
+            said = (found.stdout + found.stderr).strip().splitlines() or [f"eval.py ended with status {found.returncode}"]
+            raise ValueError(f"the teacher cannot be evaluated: {said[-1]}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -82,6 +82,22 @@ def test_queues_equal_their_plain_form():
         assert torch.equal(ours.rows, other.rows) and torch.equal(ours.pointer, other.pointer)
 
 
+@pytest.mark.parametrize("images", [1, 4])
+def test_a_queue_update_is_few_operations(images):
+    """However many images and classes; the plain form has more with each, and reads back."""
+    queue, features, target = Queue(19, 90, 4, seed=0), random(images, 4, 90, dtype=torch.float32), labels(images, 90, classes=19)
+    noise = torch.rand(images, 90)
+    watches = []
+    for pixels, means, store in ((class_pixels, class_means, Queue.enqueue), (plain.class_pixels, plain.class_means, plain.enqueue)):
+        with Watch() as watch:
+            store(queue, *pixels(features, target, noise, 19))
+            store(queue, *means(features, target, 19))
+            queue.sample(noise[0], 5)
+        watches.append(watch)
+    assert watches[0].operations <= 150 and not watches[0].blocks
+    assert watches[1].operations > 150 and len(watches[1].blocks) > 40 * images
+
+
 @pytest.mark.parametrize("size", [(40, 56), (33, 41), (5, 7), (3, 4), (1, 1), (64, 7)])
 @pytest.mark.parametrize("block", [1, 700, 1 << 20])
 def test_cross_entropy_by_bands(size, block):

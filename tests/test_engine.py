@@ -404,7 +404,8 @@ def test_what_a_run_leaves(finished):
     assert [(row["step"], bool(row["loss"]), bool(row["val/mIoU"])) for row in table] == [
         ("1", True, False), ("1", False, True), ("2", True, False), ("2", False, True)]  # fmt: skip
     for row, written in zip(table, rows(finished / "run"), strict=True):
-        assert {key: float(value) for key, value in row.items() if value} == {key: pytest.approx(value) for key, value in written.items() if value is not None}
+        known = {key: pytest.approx(value) for key, value in written.items() if value is not None}
+        assert {key: float(value) for key, value in row.items() if value} == known
     arguments = json.loads((finished / "run" / "args.json").read_text())
     assert arguments["options"]["max_iterations"] == 2 and arguments["sources"]["max_iterations"] == "command line"
     assert arguments["environment"]["ranks"] == 1 and "--max-iterations 2" in arguments["command"]

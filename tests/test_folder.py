@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import eval as evaluation
 from dataset import IGNORE, DataError, build_dataset, get_spec
 from dataset.classes import ClassList, read_classes, voc_colour
 from dataset.prepare import main as prepare
@@ -191,20 +192,28 @@ def test_splits(folder, capsys):
         spec.find(folder, "holdout")
 
 
-def test_pictures_without_labels_are_predicted_and_not_scored(folder, tmp_path):
+def test_pictures_without_labels_are_predicted_and_not_scored(folder, tmp_path, monkeypatch):
     """images/test alone: eval.py writes what the network says of them, and no report; without a flag that writes, it says so."""
     spec = get_spec("folder", folder)
     for name in ("x", "below/y"):
         save(np.random.default_rng(len(name)).integers(0, 256, (40, 48, 3), dtype=np.uint8), folder / f"images/test/{name}.png")
     save_model(tmp_path / "student.pth", num_classes=3, dataset="folder", classes=list(FOLDER))
-    arguments = ("--checkpoint", "student.pth", "--data", folder, "--split", "test", "--output", "out", "--device", "cpu", "--workers", "0")
-    started = script(tmp_path, "eval.py", *arguments)
-    assert started.wait() == [2] and started.text.count("\n") == 1, started.text
-    assert "error: --split test: folder has no labels there to compare with; choose another split, or add --save-predictions or" in started.text
-    assert not (tmp_path / "out").exists()
-    started = script(tmp_path, "eval.py", *arguments, "--save-predictions", "--save-overlays", "1", console="written.txt")
-    assert started.wait() == [0], started.text
-    assert "out: pictures alone, no scores and no report: test of folder has no labels" in started.text and "mIoU" not in started.text
+    told = []
+    monkeypatch.setattr(evaluation.logger, "info", lambda text, *values: told.append(text % values))
+
+    def evaluate(*flags):
+        given = ["--checkpoint", str(tmp_path / "student.pth"), "--data", str(folder), "--split", "test", "--output", str(tmp_path / "out"), *flags]
+        evaluation.main(eval_options([*given, "--workers", "0", "--device", "cpu"], description=""), torch.device("cpu"))
+
+    with pytest.raises(ValueError, match="^--split test: folder has no labels there to compare with; choose another split, or add --save-predic"):
+        evaluate()
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="student.pth: a label-assisted teacher needs the labels that it would"):
+        patch.setattr(evaluation, "is_label_assisted", lambda model: True)
+        evaluate("--save-predictions")
+    assert not (tmp_path / "out").exists() and not told
+    evaluate("--save-predictions", "--save-overlays", "1")
+    assert told[-1] == f"{tmp_path / 'out'}: pictures alone, no scores and no report: test of folder has no labels"
+    assert "mIoU" not in "".join(told)
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert written == {"predictions/x.png", "predictions/below/y.png", "overlays/below/y.jpg"}
     model = model_from_checkpoint(tmp_path / "student.pth")[0].eval()

@@ -12,6 +12,11 @@ from models.__main__ import main
 from models.backbones import build_backbone, on_meta, output_strides
 
 
+PAIRS = list_models()
+FIRST = {next(pair for pair in PAIRS if pair[k] == other[k]) for other in PAIRS for k in (0, 1)}  # every model and every backbone once
+ALL = [pytest.param(*pair, marks=() if pair in FIRST else pytest.mark.slow) for pair in PAIRS]
+
+
 def meta_model(*args, **kwargs):
     with torch.device("meta"):
         return build_model(*args, **kwargs)
@@ -207,12 +212,7 @@ def test_every_field_has_the_declared_shape(name, backbone, aux):
         assert getattr(output, field).shape == (2, model.channels[field], -(-65 // stride), -(-97 // stride)), field
 
 
-# fast: every model and every backbone once
-EVERY = list_models()
-FIRST = {next(p for p in EVERY if p[k] == pair[k]) for pair in EVERY for k in (0, 1)}
-
-
-@pytest.mark.parametrize(("name", "backbone"), [pytest.param(*p, marks=() if p in FIRST else pytest.mark.slow) for p in EVERY])
+@pytest.mark.parametrize(("name", "backbone"), ALL)
 def test_a_cityscapes_picture(name, backbone):
     """1024x2048, without arithmetic: the declared channels, stages at strides 4, 8, 16, 32 but none above the output stride, logits at the
     declared stride, `head` as large as they."""
@@ -353,7 +353,7 @@ def test_fourth_channel():
 # ---------------------------------------------------------------------------------------------------------------------- by name
 
 
-@pytest.mark.parametrize(("name", "backbone"), list_models())
+@pytest.mark.parametrize(("name", "backbone"), ALL)
 def test_config_rebuilds_the_same_model(name, backbone):
     model = meta_model(name, backbone, 7)
     again = meta_model(**model.config)

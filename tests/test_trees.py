@@ -63,7 +63,7 @@ def test_splits_without_public_labels_are_told_from_scores(tmp_path):
         sample = build_dataset(name, tmp_path / name, "test")[0]
         assert sample.image.shape == (4, 6, 3) and (sample.target == 255).all() and sample.target.shape == (4, 6)
         with pytest.raises(ValueError, match=f"--split test: {name} has no labels there to compare with; python -m scripts.submit"):
-            evaluate(tmp_path, tmp_path / name, name, "--split", "test")
+            evaluate(tmp_path, tmp_path / name, name, "--split", "test", "--no-save-predictions")
     assert not (tmp_path / "out").exists()
     assert get_spec("citys").splits["val"].labelled and not get_spec("citys").splits["test"].labelled
     (tmp_path / "voc/ImageSets/Segmentation/test.txt").write_text("2008_000006 JPEGImages/2008_000006.jpg\n")

@@ -134,6 +134,20 @@ def test_number_of_classes_must_be_the_data_sets(tmp_path):
     assert model.config["normalization"] == "caffe-bgr"
 
 
+def test_a_published_file_with_faults_gives_the_table(tmp_path):
+    """Every tensor that differs is named, rather than the file called unknown."""
+    state = recorded_state("afdcd/pspnet_resnet18")
+    missing, misshapen = "pretrained.layer2.0.conv1.weight", "head.psp.conv2.0.weight"
+    del state[missing]
+    state[misshapen] = torch.zeros(7, 512, 1, 1)
+    state["pretrained.extra.weight"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="does not fit the model: 3 tensors differ") as error:
+        model_from_checkpoint(save(tmp_path / "faulty.pth", state))
+    table = str(error.value)
+    assert len(table.splitlines()) == 5  # the message, the header, three rows
+    assert all(key in table for key in ("backbone.layer2.0.conv1.weight", "head.pyramid.1.0.weight", "backbone.extra.weight"))
+
+
 def test_models_that_are_not_here(tmp_path):
     path = save(tmp_path / "segformer.pth", {"patch_embed1.proj.weight": torch.zeros(32, 3, 7, 7)})
     with pytest.raises(ValueError, match="segformer.pth: the weights fit no known model .*first key: patch_embed1.proj.weight") as error:

@@ -15,7 +15,7 @@ ROWS: dict[str, list[tuple]] = {table: [] for table in COLUMNS}
 
 def record(table: str, entry: str, what: str, reference: float, ours: float, worst: float | None) -> None:
     """One row; `worst`: the largest relative error of what was compared besides the value itself."""
-    test = os.environ["PYTEST_CURRENT_TEST"].split("[")[0].split(" ")[0].removeprefix("tests/")
+    test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0].removeprefix("tests/")
     ROWS[table].append((entry, what, f"{reference:.7g}", f"{ours:.7g}", _error(abs(ours - reference) / abs(reference)), _error(worst), test))
 
 

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     if not (SHARED / "camvid").is_dir():
         pytest.skip(f"no {SHARED / 'camvid'}")
     folder = tmp_path_factory.mktemp("camvid")
-    arguments = ("--backbone", "resnet18", "--head-width", "32", "--max-iterations", "5", "--save-dir", "teacher")
+    arguments = ("--backbone", "resnet18", "--head-width", "32", "--max-iterations", "5", "--val-interval", "1000", "--save-dir", "teacher")
     teacher = script(folder, "train_baseline.py", *CAMVID, *arguments, "--crop-size", "64", "--batch-size", "4", change=few_to_evaluate)
     assert teacher.wait() == [0], teacher.text
     return folder
@@ -44,7 +44,8 @@ def test_twenty_steps_of_every_method(folder, world):
         started = script(
             folder, "train_kd.py", *CAMVID, "--method", name, "--teacher-checkpoint", "teacher/student_best.pth",
             "--student-model", "pspnet", "--student-backbone", "resnet18", "--student-head-width", "16", "--crop-size", "64",
-            "--batch-size", "4", "--max-iterations", STEPS, "--log-interval", "1", "--dist-timeout", "120", "--save-dir", f"{name}-{world}",
+            "--batch-size", "4", "--max-iterations", STEPS, "--val-interval", "1000", "--log-interval", "1",
+            "--dist-timeout", "120", "--save-dir", f"{name}-{world}",
             world=world, change=few_to_evaluate, console=f"{name}-{world}.txt",
         )  # fmt: skip
         assert started.wait() == [0] * world, f"{name}:\n{started.text}"

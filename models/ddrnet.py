@@ -51,7 +51,7 @@ def bottleneck(in_channels: int, stride: int = 1, norm=nn.BatchNorm2d) -> nn.Seq
 
 
 class DDRNet23Slim(nn.Module):
-    """c1 (32 channels, stride 4) and c2 (64, stride 8) come before the branches part, c3 (128, stride 16) and c4 (256, stride 32) are the
+    """c1 (32 channels, stride 4) and c2 (64, stride 8) come before the branches, c3 (128, stride 16) and c4 (256, stride 32) are the
     deep branch behind the two exchanges; p1..p4 are the same before their ReLU. No stride can be traded for dilation.
 
     The further stages are the high-resolution branch behind the first exchange (64 channels, stride 8) and the ends of both branches

@@ -17,13 +17,13 @@ class Segmentor(Normalized):
 
     `models.build_model` builds one from names. Attributes:
         config: arguments that make `build_model` build the same architecture again.
-        channels: field of SegOutput -> number of channels; "aux" is there only if the model has an auxiliary head.
+        channels: field of SegOutput -> number of channels; "aux", "aux2" and "detail" are there only if the model has such a head.
         stride, num_classes: of `logits`.
 
     Args:
         backbone: module with `.channels` whose forward returns (c1, c2, c3, c4).
         head: (c1, c2, c3, c4) -> {"head": ..., "logits": ...}.
-        config: see above; what is read here are aux, num_classes, normalization, in_channels and output_stride.
+        config: see above; what is read here are aux, detail, num_classes, normalization, in_channels and output_stride.
     """
 
     def __init__(self, backbone: nn.Module, head: Head, config: dict):

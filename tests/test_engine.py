@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -374,13 +375,17 @@ def test_own_optimizer_and_buffers_are_resumed(tmp_path):
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in its background
+    try:
+        with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            assert stop.received
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------- run folders
@@ -595,13 +600,19 @@ def test_a_damaged_checkpoint_does_not_replace_the_one_before(tmp_path):
 SMALL = ("--student-backbone", "mobilenetv3_small", "--dataset", "shapes", "--crop-size", "64", "--batch-size", "2", "--max-iterations", "9")
 
 
-def a_step(name, device=CPU, *arguments):
-    """() -> None, one step of a training with the method, on the device."""
-    options = train_options(["--method", name, *SMALL, "--save-dir", "unused", *arguments], distil=True, description="")
+@cache
+def networks():
     student, teacher = (build_model("deeplabv3", backbone, 5, aux=True) for backbone in ("mobilenetv3_small", "resnet18_vanilla"))
+    return student, fold_batchnorm(teacher, tuple(teacher.channels))[0]
+
+
+def a_step(name, device=CPU):
+    """() -> None, one step of a training with the method, on the device."""
+    options = train_options(["--method", name, *SMALL, "--save-dir", "unused"], distil=True, description="")
+    student, teacher = map(deepcopy, networks())
     setup = Setup(student.channels, teacher.channels, 5, (64, 64), 2, "shapes", teacher_norms=teacher.norms)
     distiller = Distiller(student, TaskLoss(0.4), build_methods(options.methods, setup)).to(device)
-    frozen = Teacher(fold_batchnorm(teacher, distiller.teacher_needs)[0].to(device), distiller.teacher_needs)
+    frozen = Teacher(teacher.to(device), distiller.teacher_needs)
     training = Training(distiller, build_optimizers(distiller, options), options, device)
     image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     batch = Batch(image, image[:, 0] // 64, ["a", "b"]).to(device)

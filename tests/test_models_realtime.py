@@ -208,7 +208,7 @@ def test_geometry_is_fixed(name, backbone):
         build_model("deeplabv3", backbone, 5)
 
 
-@pytest.mark.parametrize(("name", "backbone"), [pair for pair in PAIRS if pair[1] != "stdc2"])
+@pytest.mark.parametrize(("name", "backbone"), [PAIRS[0], PAIRS[2], PAIRS[3], PAIRS[5]])
 def test_bfloat16_channels_last_and_four_planes(name, backbone):
     """All at once, on an odd size: near the logits in float32, and every parameter gets a finite gradient in training."""
     torch.manual_seed(0)

@@ -9,8 +9,9 @@ from tests.test_models_realtime import network
 from tests.test_weights import one_line, save
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-HIDDEN = [("fcn", "hrnet_w18"), ("ocrnet", "hrnet_w18"), ("ocrnet", "resnet18"), ("ocrnet", "mobilenetv2"), ("stdc", "stdc1"), ("stdc", "stdc2"),
-          ("ddrnet", "ddrnet23_slim")]  # fmt: skip
+CONFIGS = [("fcn", "hrnet_w18", False), ("ocrnet", "hrnet_w18", True), ("ocrnet", "resnet18", True), ("ocrnet", "mobilenetv2", True),
+          ("stdc", "stdc1", True), ("stdc", "stdc1", False), ("stdc", "stdc2", True), ("ddrnet", "ddrnet23_slim", True),
+          ("ddrnet", "ddrnet23_slim", False)]  # model, backbone, auxiliary heads; fmt: skip
 
 
 def conv_norm(conv, norm, bias=False):
@@ -115,11 +116,8 @@ def test_torchvision_has_none_of_these(name, backbone, file):
     assert one_line(error) == f"torchvision has no ImageNet weights for {backbone}; give a file, such as {file}, or 'none'"
 
 
-@pytest.mark.parametrize(("name", "backbone"), HIDDEN)
-@pytest.mark.parametrize("auxiliary", [True, False])
+@pytest.mark.parametrize(("name", "backbone", "auxiliary"), CONFIGS)
 def test_config_is_inferred_back(name, backbone, auxiliary):
-    if name == "ocrnet":
-        auxiliary = True
     with torch.device("meta"):
         built = build_model(name, backbone, 21, in_channels=4, aux=auxiliary, detail=name == "stdc" and auxiliary)
     inferred = infer_config(built.state_dict())

@@ -140,6 +140,7 @@ def test_no_compiler_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_compiled_networks_compute_the_same():
     """Loss and gradients of a student, outputs of a teacher with stages before their ReLU; the names of the state stay."""
+    torch.manual_seed(0)  # some random weights cancel so far that rounding is seen
     image, target = picture(64), torch.randint(0, 5, (2, 64, 64), dtype=torch.uint8)
     student, teacher = (build_model("deeplabv3", "resnet18_vanilla", 5, aux=False) for _ in range(2))
     for module in student.modules():

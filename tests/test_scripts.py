@@ -116,10 +116,18 @@ def test_parses(path):
     assert max(map(len, path.read_text().splitlines())) <= 140
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
-def test_shellcheck():
-    done = subprocess.run(["shellcheck", "--shell=bash", "--severity=error", *SCRIPTS], capture_output=True, text=True)
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # pip puts it beside python
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="no shellcheck: pip install -r requirements-dev.txt")
+def test_shellcheck(tmp_path):
+    """Every script with what it sources; and the negative control, a script that goes on after a cd that failed."""
+    check = [SHELLCHECK, "--external-sources", "--source-path=SCRIPTDIR", "--shell=bash", "--severity=warning"]
+    done = subprocess.run([*check, *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+    (tmp_path / "wrong.sh").write_text('cd "$1"\nrm -r build\n')
+    done = subprocess.run([*check, tmp_path / "wrong.sh"], capture_output=True, text=True)
+    assert done.returncode == 1 and "SC2164" in done.stdout
 
 
 @named(SCRIPTS)

@@ -9,7 +9,7 @@
 #   DATA=/data/citys TEACHER=deeplabv3_resnet101_citys_best_model.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
 #       GPUS=8 bash scripts/reproduce/at_citys_deeplabv3_resnet18.sh
 
-METHOD=at
+METHOD="at" # in quotes: at is a command, too
 DATASET=citys
 TEACHER_MODEL=deeplabv3
 TEACHER_BACKBONE=resnet101

@@ -69,7 +69,8 @@ def main(options, device) -> None:
     logger.info("%.2f M parameters, %.2f GMAC and %.1f ms per %dx%d picture", *cost)
     if distributed.is_main():
         report = {
-            "checkpoint": str(options.checkpoint), "dataset": spec.name, "split": split, "classes": list(spec.classes), **scores.plain(),
+            "checkpoint": str(options.checkpoint), "model": model.config, "dataset": spec.name, "split": split, "classes": list(spec.classes),
+            **scores.plain(),
             "parameters": count_parameters(model), "macs": macs, "size": [height, width], "milliseconds_per_image": timed.median_ms,
             "options": options.plain(), "command": command(), "environment": environment(),
         }  # fmt: skip

@@ -105,12 +105,12 @@ class Spec:
             problems = [f"{problem}; {self.origin}" for problem in problems]
         return items, problems
 
-    def hold_out(self, share: float) -> "Spec":
-        """The data set with a share of its training pictures kept out of the training, to select and to report on instead of its own
-        splits: what settings are chosen on, so that no split a table quotes is ever looked at for it."""
+    def hold_out(self, share: float, report: bool = True) -> "Spec":
+        """The data set with a share of its training pictures kept out of the training, to select and, with `report`, to report on instead
+        of its own splits: what settings and checkpoints are chosen on, so that no split a table quotes is ever looked at for it."""
         parts = {"train-kept": Part(self.splits["train"], share, held=False), "train-held-out": Part(self.splits["train"], share, held=True)}
         return replace(self, splits={**self.splits, **parts}, train_split="train-kept", select_split="train-held-out",
-                       report_split="train-held-out")  # fmt: skip
+                       report_split="train-held-out" if report else self.report_split)  # fmt: skip
 
     @property
     def origin(self) -> str:

@@ -1,6 +1,6 @@
 """Compare distillation methods at equal budget, equal tuning and equal seeds.
 
-    python -m scripts.compare --dataset shapes --teacher-checkpoint runs/teacher/student_best.pth --methods none kd cwd afdcd \\
+    python -m scripts.compare --dataset shapes --teacher-checkpoint runs/teacher/student_best.pth --methods none kd cwd cirkd afdcd \\
         --seeds 0 1 2 --budget iterations:200 --output runs/compare -- --student-backbone mobilenetv2 --lr 0.002 --optimizer adamw
 
 Every arm trains with every seed on the same pictures in the same order, from the same initial student. Flags after `--` go to every
@@ -12,6 +12,9 @@ An arm is METHOD[+METHOD ...][:flag=value,...]; `none` is the student alone:  kd
 
 With --tune every arm, the student alone too, first gets --trials trainings with settings around its recipe's, scored on training
 pictures that are held out; the arm's best settings are those of its final trainings.
+
+Nothing is ever selected on the reported split: where a data set selects and reports on one (Cityscapes, VOC), every training holds out a
+twentieth of its pictures for the selection. --select-holdout 0 after -- selects as published code does, and the report says so.
 """
 
 import argparse
@@ -36,6 +39,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dataset import get_spec
+from dataset.parallel import cores
 from losses import METHODS
 from scripts.compare_report import write_report
 from utils import checkpoint
@@ -46,7 +51,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RANGES = {"lr": 4.0, "weight-decay": 10.0, "weight": 8.0}  # a trial's value is the recipe's times a factor in [1/range, range]
 TUNING_SEED = 1000  # of the trials: none of the final runs' own
 TUNING_SHARE = 0.2  # of the training pictures, held out for the trials
+SELECT_SHARE = 0.05  # of the training pictures, held out for the best checkpoint of a data set that has no split for it
 METHOD_FLAGS = {method_flag(name, field.name): name for name, method in METHODS.items() for field in dataclasses.fields(method.Options)}
+ARMS = ["none", "kd", "cwd", "cirkd", "afdcd"]
+TEACHER = "runs/{}/deeplabv3-resnet18/student_best.pth"  # what scripts/train_baseline.sh trains by default
 OWNED = (  # what a comparison sets itself, the same for all arms
     "seed", "save-dir", "resume", "method", "dataset", "data", "holdout", "teacher-checkpoint", "max-iterations", "max-minutes", "dry-run",
 )  # fmt: skip
@@ -148,6 +156,10 @@ class Plan:
     search: str = "random"
     tune_budget: Budget | None = None
 
+    @property
+    def ranges(self) -> dict[str, float]:
+        return {name: RANGES[name] for name in self.tune}
+
     def plain(self) -> dict:
         return {
             "dataset": self.dataset, "data": self.data, "teacher": self.teacher, "methods": [arm.name for arm in self.arms],
@@ -192,6 +204,9 @@ def keep(plan: Plan, folder: Path) -> Plan:
 # ------------------------------------------------------------------------------------------------------------------------ jobs
 
 
+START = "---- a training starts here\n"  # in a console log, before each attempt
+
+
 @dataclass(frozen=True)
 class Job:
     """One training: its folder and its command line behind the interpreter."""
@@ -217,8 +232,9 @@ class Job:
         return json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
 
     def failure(self) -> str:
-        """The last line that the training wrote."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log.exists() else []
+        """Why the last attempt has not ended well: the error that it wrote, else its last line."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        lines = text.rpartition(START)[2].strip().splitlines()
         return next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "never started")
 
 
@@ -228,6 +244,8 @@ def job(plan: Plan, arm: Arm, seed: int, folder: Path, budget: Budget, extra: di
     arguments = ["train_kd.py", "--method", *arm.methods, "--teacher-checkpoint", plan.teacher["path"]] if arm.methods else ["train_baseline.py"]
     arguments += ["--dataset", plan.dataset, *(["--data", plan.data] if plan.data else []), *budget.flags(plan.processes)]
     for flag, *values in grouped(plan.flags):
+        if flag == "--select-holdout" and "holdout" in own:
+            continue  # a trial selects on what it reports on
         method = METHOD_FLAGS.get(flag) or METHOD_FLAGS.get(flag.replace("--no-", "--", 1))
         fits = method in arm.methods if method else arm.methods or not flag.startswith("--teacher-")
         if fits and flag.removeprefix("--") not in own:
@@ -301,6 +319,9 @@ def run_jobs(jobs: list[Job], slots: int, processes: int, stop: StopSignal) -> l
                 print(f"[{finished}/{len(jobs)}] {candidate.name}: mIoU {score:.2f} in {time.monotonic() - since:.0f} s", flush=True)
             elif not stop.received:
                 failed.append(candidate)
+                if process.returncode < 0:  # it could not say so itself
+                    with open(candidate.log, "a", encoding="utf-8") as log:
+                        log.write(f"error: ended by {signal.Signals(-process.returncode).name}; of a lack of memory if nobody sent it\n")
                 print(f"{candidate.name}: failed: {candidate.failure()}", flush=True)
         time.sleep(0.1)
     return failed
@@ -314,9 +335,11 @@ def start(candidate: Job, slot: int, slots: int, processes: int) -> subprocess.P
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[slot * processes: (slot + 1) * processes])
     else:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (slots * processes))))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // (slots * processes))))
     script, *arguments = candidate.arguments
     with open(candidate.log, "a", encoding="utf-8") as log:
+        log.write(START)
+        log.flush()
         return subprocess.Popen(
             [*interpreter(processes), str(ROOT / script), *arguments], cwd=Path.cwd(), env=environment, stdin=subprocess.DEVNULL,
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent,
@@ -487,11 +510,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dataset", default="shapes", help="data set (default: shapes)")
     add("--data", help="its folder; none is needed for shapes")
-    add("--teacher-checkpoint", help="the teacher of all arms; not needed for none alone")
-    add("--methods", nargs="+", metavar="ARM", default=["none", "kd", "afdcd"], help="arms (default: none kd afdcd)")
+    add("--teacher-checkpoint", help=f"the teacher of all arms; not needed for none alone (default: {TEACHER.format('DATASET')})")
+    add("--methods", nargs="+", metavar="ARM", default=ARMS, help=f"arms (default: {' '.join(ARMS)})")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="seeds of every arm (default: 0 1 2)")
     add("--budget", default="iterations:4000", help="iterations:N, minutes:M or gpu-seconds:S of every training (default: iterations:4000)")
-    add("--output", type=Path, required=True, help="folder of the comparison")
+    add("--output", type=Path, help="folder of the comparison (default: runs/DATASET/compare)")
     add("--tune", nargs="+", choices=list(RANGES), default=[], help="what to tune, for the baseline and every method alike")
     add("--trials", type=int, default=12, metavar="N", help="trials of every arm, the first with the recipe's own values (default: 12)")
     add("--search", choices=("random", "halving"), default="random", help="all trials in full, or successive halving (default: random)")
@@ -513,9 +536,9 @@ def plan_of(options, flags: list[str]) -> Plan:
     arms = tuple(map(parse_arm, dict.fromkeys(options.methods)))
     teacher = None
     if any(arm.methods for arm in arms):
-        if options.teacher_checkpoint is None:
-            raise ValueError("--teacher-checkpoint is missing: the methods distil from it; train one with train_baseline.py")
-        path = Path(options.teacher_checkpoint)
+        path = Path(options.teacher_checkpoint or TEACHER.format(options.dataset))
+        if options.teacher_checkpoint is None and not path.is_file():
+            raise ValueError(f"--teacher-checkpoint is missing: the methods distil from it; give one, or train {path} with scripts/train_baseline.sh")
         if not path.is_file():
             raise ValueError(f"--teacher-checkpoint {path}: no such file; give the path of a checkpoint")
         teacher = {"path": str(path.resolve()), "sha256": checkpoint.fingerprint(path)}
@@ -528,10 +551,15 @@ def plan_of(options, flags: list[str]) -> Plan:
     if options.launcher == "slurm" and options.tune:
         raise ValueError("--launcher slurm: --tune chooses later trainings by earlier ones; tune with --launcher local, drop --tune, and give "
                          "the arms the flags that it found")  # fmt: skip
+    if min(options.seeds) < 0:
+        raise ValueError(f"--seeds {min(options.seeds)}: must be at least 0")
     owned = [flag for flag, *_ in grouped(flags) if flag.removeprefix("--").removeprefix("no-") in OWNED]
     if owned:
         raise ValueError(f"{', '.join(owned)} after --: the comparison sets it itself; see --help for the option to use before --")
     budget = Budget.parse(options.budget)
+    spec = get_spec(options.dataset, options.data)
+    if spec.select_split == spec.report_split and "--select-holdout" not in (flag for flag, *_ in grouped(flags)):
+        flags = [*flags, "--select-holdout", str(SELECT_SHARE)]
     return Plan(
         options.dataset, str(Path(options.data).resolve()) if options.data else None, teacher, arms, tuple(dict.fromkeys(options.seeds)), budget,
         tuple(flags), options.gpus_per_job, tuple(options.tune), options.trials if options.tune else 0, options.search,
@@ -541,7 +569,7 @@ def plan_of(options, flags: list[str]) -> Plan:
 
 def compare(options, flags: list[str]) -> int:
     """The command; returns the exit status."""
-    folder, slots = options.output.resolve(), options.jobs
+    folder, slots = (options.output or Path("runs") / options.dataset / "compare").resolve(), options.jobs
     if options.run_job is not None:
         return run_submitted(folder, options.run_job)
     plan = plan_of(options, flags)

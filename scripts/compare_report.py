@@ -87,7 +87,7 @@ def collect(plan, jobs, teacher: dict | None) -> dict:
         "dataset": plan.dataset, "title": spec.title, "classes": first["classes"], "scored": len(spec.scored or spec.classes),
         "split": first["split"], "selected_on": first["selected_on"], "selected_on_reported": same_split,
         "budget": str(plan.budget), "processes": plan.processes, "seeds": list(plan.seeds), "flags": list(plan.flags),
-        "search": {"tune": list(plan.tune), "trials": plan.trials, "search": plan.search, "budget": str(plan.tune_budget)} if plan.tune else None,
+        "search": {"tune": plan.ranges, "trials": plan.trials, "search": plan.search, "budget": str(plan.tune_budget)} if plan.tune else None,
         "baseline": baseline, "arms": arms, "verdicts": verdicts, "class_gains": class_gains(names, baseline, done), "runs": runs,
         "teacher": plan.teacher and plan.teacher | {key: teacher[key] for key in ("miou", "split", "parameters") if teacher and key in teacher},
         "networks": {"student": first["model"], "teacher": (teacher or {}).get("model")},
@@ -104,7 +104,7 @@ def read_run(arm, seed: int, job) -> dict:
         return run
     report, arguments = job.report(), json.loads((job.folder / "args.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    environment = {key: str(arguments["environment"].get(key)) for key in ("torch", "device", "commit", "ranks")}
+    environment = {key: str(arguments["environment"].get(key)) for key in ("torch", "device", "commit", "ranks", "threads")}
     return run | {
         "last": report["last"]["miou"], "best": report["best"]["miou"], "selection": report["selection_miou"], "iou": report["last"]["iou"],
         "steps": report["steps"]["last"], "best_step": report["steps"]["best"], "seconds": report["seconds"], "cost": report["cost"],
@@ -170,28 +170,28 @@ def table_text(rows: list[dict]) -> str:
 
 
 def published_results(content: dict) -> list[dict]:
-    """Rows of the table of published results on the same data set with the same networks, each with `differs`: how its setting is
-    another one than the setting here."""
+    """Rows of the table of published results on the same data set with the same networks; where there are none with the same student,
+    where there are none of that with any. Each has `differs`: how its setting is another one than the setting here."""
     def name(model):
         model = model or {}
         parts = PUBLISHED_MODELS.get(model.get("model"), model.get("model")), PUBLISHED_BACKBONES.get(model.get("backbone"), model.get("backbone"))
-        return "-".join(map(str, parts)).lower()
+        return "-".join(map(str, parts))
 
     with open(PUBLISHED, newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["dataset"] in PUBLISHED_NAMES.get(content["dataset"], ())]
-    setting, networks = content["setting"], content["networks"]
+    setting, networks = content["setting"], {who: name(model) for who, model in content["networks"].items()}
     crop = "x".join(map(str, setting["crop_size"]))
-    here = {"crop": crop, "batch": str(setting["batch_size"]), "iterations": str(setting["max_iterations"] or f"by time, {content['budget']}"),
-            "lr": f"{setting['lr']:g}", "split": content["split"]}  # fmt: skip
-    found = []
+    here = networks | {"crop": crop, "batch": str(setting["batch_size"]), "lr": f"{setting['lr']:g}", "split": content["split"],
+                       "iterations": str(setting["max_iterations"] or f"by time, {content['budget']}")}  # fmt: skip
     for row in rows:
-        if (row["student"].lower(), row["teacher"].lower()) == (name(networks["student"]), name(networks["teacher"])):
-            theirs = {**row, "lr": row["lr"].split()[0] if row["lr"] else "", "split": row["split"].split()[0]}
-            differs = [f"{key} {row[key] or 'not stated'} (here {value})" for key, value in here.items() if theirs[key] != value]
-            if row["codebase"]:
-                differs.append(f"code {row['codebase']}")
-            found.append(row | {"differs": "; ".join(differs)})
-    return found
+        theirs = {**row, "lr": row["lr"].split()[0] if row["lr"] else "", "split": row["split"].split()[0]}
+        differs = [f"{key} {row[key] or 'not stated'} (here {value})" for key, value in here.items() if theirs[key].lower() != value.lower()]
+        row["differs"] = "; ".join([*differs, *([f"code {row['codebase']}"] if row["codebase"] else [])])
+    for alike in (("student", "teacher"), ("student",)):
+        found = [row for row in rows if all(row[who].lower() == networks[who].lower() for who in alike)]
+        if found:
+            return found
+    return rows
 
 
 @torch.no_grad()
@@ -287,8 +287,10 @@ def notes(content: dict) -> list[str]:
                      f"comparisons of this report ({len(content['verdicts'])}); the intervals are not: one without 0 may be undecided.")  # fmt: skip
     if content["search"]:
         s = content["search"]
-        lines.append(f"Every arm was tuned alike: {s['trials']} trials over {', '.join(s['tune'])} ({s['search']} search, {s['budget']} each at "
-                     f"most), the first with the recipe's own values, scored on held-out training pictures (trials.csv).")  # fmt: skip
+        ranges = ", ".join(f"{name} (the recipe's times 1/{reach:g} to {reach:g})" for name, reach in s["tune"].items())
+        failed = sum(row["miou"] is None for row in content["trials"])
+        lines.append(f"Every arm was tuned alike: {s['trials']} trials over {ranges} ({s['search']} search, {s['budget']} each at most), the "
+                     f"first with the recipe's own values, scored on held-out training pictures (trials.csv); {failed} failed.")  # fmt: skip
     else:
         lines.append("Nothing was tuned: every arm has its default settings, and the flags below.")
     return lines
@@ -304,7 +306,7 @@ def provenance(content: dict) -> list[str]:
                      + (f", mIoU {teacher['miou']:.2f} on {teacher['split']}" if "miou" in teacher else ""))  # fmt: skip
     lines.append(f"setting of the first training: {setting}")
     for found in content["environments"]:
-        lines.append(f"torch {found['torch']}, {found['device']}, {found['ranks']} rank(s), commit {found['commit']}")
+        lines.append(f"torch {found['torch']}, {found['device']}, {found['ranks']} rank(s), {found['threads']} thread(s), commit {found['commit']}")
     return lines
 
 
@@ -337,9 +339,9 @@ def sections(content: dict) -> list[tuple[str, tuple[list[str], list[list[str]]]
     if content["tuned"]:
         parts.append(("Tuning", tuned_table(content)))
     if content["published"]:
-        parts.append(("Published results of these networks on this data set", published_table(content)))
+        parts.append(("Published results on this data set", published_table(content)))
     elif content["published"] is not None:
-        parts.append(("Published results", ["There are none of these networks on this data set in published_results.csv."]))
+        parts.append(("Published results", ["There are none on this data set in published_results.csv."]))
     if failures(content):
         parts.append(("Failed or not finished", failures(content)))
     parts.append(("How this was made", provenance(content)))

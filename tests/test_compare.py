@@ -114,10 +114,12 @@ def test_every_command_is_checked_before_anything_starts(arm, flags, message):
 @pytest.mark.parametrize(
     ("arguments", "flags", "message"),
     [
-        (["--methods", "kd"], [], "--teacher-checkpoint is missing"),
+        (["--methods", "kd", "--dataset", "voc"], [],
+         "--teacher-checkpoint is missing: the methods distil from it; give one, or train runs/voc/deeplabv3-resnet18/student_best.pth with "),
         (["--methods", "kd", "--teacher-checkpoint", "no.pth"], [], "--teacher-checkpoint no.pth: no such file"),
         (["--methods", "none"], ["--seed", "1", "--no-resume"], "--seed, --no-resume after --: the comparison sets it itself"),
         (["--methods", "none", "--jobs", "0"], [], "--jobs 0: must be at least 1"),
+        (["--methods", "none", "--seeds", "0", "-1"], [], "--seeds -1: must be at least 0"),
         (["--methods", "none", "--budget", "epochs:3"], [], "budget 'epochs:3'"),
         (["--methods", "none", "--tune", "lr", "--launcher", "slurm"], [], "--launcher slurm: --tune chooses later trainings by earlier ones"),
     ],
@@ -126,6 +128,42 @@ def test_plans_that_are_refused(arguments, flags, message):
     options = compare.build_parser().parse_args([*arguments, "--output", "out"])
     with pytest.raises(ValueError, match=re.escape(message)):
         compare.plan_of(options, flags)
+
+
+def test_defaults_are_the_paths_of_the_launchers(tmp_path, monkeypatch):
+    """The command of the README needs neither --output nor --teacher-checkpoint after scripts/train_baseline.sh."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "teacher.pth", 1)
+    place = tmp_path / "runs" / "shapes" / "deeplabv3-resnet18"
+    place.mkdir(parents=True)
+    (tmp_path / "teacher.pth").rename(place / "student_best.pth")
+    seen = []
+    monkeypatch.setattr(compare, "work", lambda plan, folder, *_: seen.append((plan, folder)) or 0)
+    assert compare.compare(compare.build_parser().parse_args([]), [*SMALL]) == 0
+    made, folder = seen[0]
+    assert folder == tmp_path / "runs" / "shapes" / "compare" and made.teacher["path"] == str(place / "student_best.pth")
+    assert [arm.name for arm in made.arms] == ["none", "kd", "cwd", "cirkd", "afdcd"] and made.seeds == (0, 1, 2)
+    for launcher in ("train_baseline.sh", "compare.sh"):
+        text = (REPOSITORY / "scripts" / launcher).read_text()
+        assert "runs/$DATASET/deeplabv3-resnet18/student_best.pth" in text or "runs/$DATASET/$MODEL-$BACKBONE" in text
+
+
+def test_selection_never_sees_the_reported_split():
+    """Cityscapes selects and reports on val: training pictures are held out for the selection, in no trial twice."""
+    def made(*arguments, flags=()):
+        return compare.plan_of(compare.build_parser().parse_args(["--methods", "none", "--data", "/data", *arguments]), [*SMALL, *flags])
+
+    citys = made("--dataset", "citys", "--tune", "lr")
+    final = options_of(job(citys, citys.arms[0], 0, Path("x"), citys.budget))
+    assert (final.spec.train_split, final.spec.select_split, final.spec.report_split) == ("train-kept", "train-held-out", "val")
+    trial = options_of(job(citys, citys.arms[0], 0, Path("x"), citys.budget, {"holdout": "0.2"}))
+    assert (trial.spec.train_split, trial.spec.select_split, trial.spec.report_split) == ("train-kept", "train-held-out", "train-held-out")
+    assert trial.spec.splits["train-held-out"].share == 0.2
+    asked = made("--dataset", "citys", flags=("--select-holdout", "0"))
+    asked = options_of(job(asked, asked.arms[0], 0, Path("x"), asked.budget))
+    assert (asked.spec.train_split, asked.spec.select_split, asked.spec.report_split) == ("train", "val", "val")
+    camvid = options_of(job(made("--dataset", "camvid"), Arm("none", ()), 0, Path("x"), citys.budget))
+    assert (camvid.spec.train_split, camvid.spec.select_split, camvid.spec.report_split) == ("train", "val", "test")
 
 
 def test_a_plan_takes_more_arms_and_seeds_and_nothing_else(tmp_path):
@@ -276,7 +314,7 @@ def test_the_best_held_out_trial_wins(tmp_path, monkeypatch, search):
 
 
 FAKE = """
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 folder, how = pathlib.Path(sys.argv[1]), sys.argv[2]
 folder.mkdir(parents=True, exist_ok=True)
 with open(folder / "starts", "a") as file:
@@ -290,6 +328,9 @@ if how == "fail" and not (folder / "mended").exists():
     print("error: step 4: not finite: total")
     print("bye")
     sys.exit(2)
+if how == "kill":
+    print("step 9  loss 2", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 if how == "slow":
     (folder / "begun").touch()
     while not (folder / "signals").exists():
@@ -319,6 +360,17 @@ def test_a_failure_is_shown_and_stops_nothing_else(fake, capfd):
         assert run_jobs(jobs, 2, 1, stop) == []
     assert "3 of 4 trainings are done already" in capfd.readouterr().out
     assert [(candidate.folder / "starts").read_text().count("start") for candidate in jobs] == [1, 2, 1, 1]
+
+
+def test_a_killed_training_is_said_to_be_killed(fake, capfd):
+    """Also where an attempt before it has written an error, which is not the reason any more."""
+    killed = fake("a", "fail")
+    with StopSignal() as stop:
+        run_jobs([killed], 1, 1, stop)
+        killed = Job(killed.name, killed.folder, (*killed.arguments[:2], "kill"))
+        assert run_jobs([killed], 1, 1, stop) == [killed]
+    assert "a: failed: error: ended by SIGKILL; of a lack of memory if nobody sent it" in capfd.readouterr().out
+    assert killed.log.read_text().count("not finite: total") == 1 and "SIGKILL" in killed.failure()
 
 
 def test_a_signal_stops_the_trainings_once_and_starts_no_more(fake):
@@ -375,6 +427,12 @@ def test_processes_share_the_machine(fake, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
     compare.start(fake("a"), 1, 2, 2)
     command, environment = asked[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    compare.start(fake("b"), 1, 2, 3)
+    assert asked[1][1]["OMP_NUM_THREADS"] == "2", "12 cores that may be used, 2 trainings of 3 processes"
     assert environment["CUDA_VISIBLE_DEVICES"] == "6,7" and command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

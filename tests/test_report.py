@@ -36,7 +36,7 @@ def run_folder(folder: Path, last: float, best: float, seconds=20.0, classes=CLA
     setting = {"crop_size": [64, 64], "batch_size": 8, "max_iterations": 10, "max_minutes": None, "optimizer": "sgd", "lr": 0.02,
                "weight_decay": 1e-4, "amp": "off", "student_pretrained_base": "none", "student_pretrained": None}  # fmt: skip
     arguments = {"options": setting | options, "model": {"model": "deeplabv3", "backbone": "resnet18"},
-                 "environment": {"torch": "2.0", "device": "cpu", "commit": "0123456789ab", "ranks": 1}}  # fmt: skip
+                 "environment": {"torch": "2.0", "device": "cpu", "commit": "0123456789ab", "ranks": 1, "threads": 2}}  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "args.json").write_text(json.dumps(arguments))
     rows = [{"step": 5, "loss": 1.0}, {"step": 5, "val/mIoU": last - 2}, {"step": 10, "val/mIoU": best}]
@@ -73,8 +73,9 @@ def test_figures_by_hand(tmp_path):
     assert ("| cwd | 3 | 34.00 | 1.11 | 35.00 | 1.11 | +3.00 | [+2.50, +3.50] | 0.0044 | 10 | 0.3 | 4000.0 | 300 | 0.25 | 2.50 |") in text
     assert "| none | 3 | 31.00 | 1.00 | 32.00 | 1.00 | - | - | - |" in text and "| teacher | - | 40.00 |" in text
     assert "| wire | +0.30 | +3.00 |" in text
-    for told in ("`" + "ab" * 32 + "`", "python -m scripts.compare <this>", "torch 2.0, cpu, 1 rank(s), commit 0123456789ab", "mIoU 40.00 on test",
-                 "iterations:10 on 1 process", "Nothing was tuned", "one process (ru_maxrss)", "over 8 classes on test, 128 pictures"):  # fmt: skip
+    for told in ("`" + "ab" * 32 + "`", "python -m scripts.compare <this>", "torch 2.0, cpu, 1 rank(s), 2 thread(s), commit 0123456789ab",
+                 "mIoU 40.00 on test", "iterations:10 on 1 process", "Nothing was tuned",
+                 "one process (ru_maxrss)", "over 8 classes on test, 128 pictures"):  # fmt: skip
         assert told in text
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [(row["arm"], row["seed"], float(row["last_miou"])) for row in rows[:3]] == [("none", "0", 30), ("kd", "0", 30.5), ("cwd", "0", 33)]
@@ -118,9 +119,11 @@ def test_coco_stuff_says_how_many_classes_count(tmp_path):
 
 def test_tuning_is_told(tmp_path):
     trials = [{"arm": "kd", "trial": 0, "round": 0, "budget": "iterations:10", "lr": 1.0, "miou": 30.0, "flags": "--holdout 0.2", "failure": ""}]
+    trials.append({**trials[0], "trial": 1, "miou": None, "failure": "error: step 4: not finite: total"})
     made = plan("none", "kd", tune=("lr",), trials=12, tune_budget=Budget("iterations", 10))
     text = report(made, tmp_path, SCORES, tuned={"none": {}, "kd": {"lr": "0.04"}}, trials=trials)
-    assert "| kd | --lr 0.04 |" in text and "| none | the recipe's own values |" in text and "12 trials over lr" in text
+    assert "| kd | --lr 0.04 |" in text and "| none | the recipe's own values |" in text
+    assert "12 trials over lr (the recipe's times 1/4 to 4) (random search" in text and "(trials.csv); 1 failed." in text
     assert list(csv.DictReader((tmp_path / "trials.csv").open()))[0]["miou"] == "30.0"
 
 
@@ -134,8 +137,24 @@ def test_published_rows_are_those_of_the_networks_and_say_what_differs(tmp_path)
     row = next(row for row in rows if row["paper"].startswith("CIRKD (CVPR") and row["method"] == "CWD")
     assert row["distilled_miou"] == "75.55" and row["student_baseline_miou"] == "74.21"
     assert row["differs"] == "crop 512x1024 (here 64x64); iterations 40000 (here 10); code CIRKD v1", "batch, lr and split are the same"
-    assert "There are none of these networks" in report(plan("none", "kd"), tmp_path / "shapes", SCORES, published=True)
+    assert "There are none on this data set" in report(plan("none", "kd"), tmp_path / "shapes", SCORES, published=True)
     assert "Published" not in report(plan("none", "kd"), tmp_path / "without", SCORES)
+
+
+def test_published_rows_of_other_networks_say_so(tmp_path):
+    """No row has this teacher: those of the student; none has this student either: those of the data set."""
+    made = plan("none", "kd", dataset="camvid", seeds=(0,))
+    jobs = jobs_of(made, tmp_path)
+    for _, _, job in jobs:
+        run_folder(job.folder, 30.0, 31.0, classes=get_spec("camvid").classes)
+    content = compare_report.collect(made, jobs, TEACHER | {"model": {"model": "deeplabv3", "backbone": "resnet18"}})
+    rows = compare_report.published_results(content)
+    assert {row["student"] for row in rows} == {"DeepLabV3-R18"}
+    assert all(row["differs"].startswith("teacher DeepLabV3-R101 (here DeepLabV3-R18); crop ") for row in rows)
+    content["networks"]["student"] = {"model": "lraspp", "backbone": "mobilenetv2"}
+    rows = compare_report.published_results(content)
+    assert {"DeepLabV3-R18", "PSPNet-R18"} <= {row["student"] for row in rows}
+    assert all(row["differs"].startswith(f"student {row['student']} (here lraspp-MBV2); teacher ") for row in rows)
 
 
 def test_pictures_are_those_that_the_arms_differ_on(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ class Training:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
     tenth: int = 0  # of the budget, at the last validation
     peak_memory: int = 0  # bytes, see `peak_memory`
+    evaluated: bool = False  # whether this process has validated
 
     def __post_init__(self):
         options = self.options
@@ -66,7 +67,8 @@ class Training:
     def pause(self) -> None:
         """Stop the clock, and look how much memory was needed before anything but training needs some."""
         self.budget.pause()
-        self.peak_memory = max(self.peak_memory, peak_memory(self.device))
+        if not (self.device.type == "cpu" and self.evaluated):  # the peak of a process cannot be reset: it may now be that of whole pictures
+            self.peak_memory = max(self.peak_memory, peak_memory(self.device))
 
     def snapshot(self) -> dict:
         """The content of a checkpoint: tensors and plain values. Random numbers and the data position are functions of the seed
@@ -116,7 +118,8 @@ def not_finite(state, path: str) -> list[str]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on the GPU since the last validation; on a CPU the most that the process ever had resident."""
+    """Bytes: the most that tensors took on the GPU since the last validation; on a CPU the most that the process ever had resident, asked
+    before its first validation."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -304,6 +307,7 @@ def log_step(training: Training, run: Run, record: Record) -> None:
 def finish_validation(training: Training, run: Run, scores: Scores) -> None:
     """Record a validation, keep the best."""
     training.validated, training.metrics, training.tenth = training.step, scores.summary(), int(10 * training.progress)
+    training.evaluated = True
     if training.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(training.device)
     run.record(training.step, {f"val/{name}": value for name, value in training.metrics.items()})

@@ -212,6 +212,8 @@ def _add_training(parser):
         choices=("global", "local"))  # fmt: skip
     add(group, "holdout", 0.0, "share of the training pictures, the same ones for every seed, to select and report on instead of training on them; "
         "0 selects and reports on the data set's own splits", minimum=0)  # fmt: skip
+    add(group, "select-holdout", 0.0, "the same, to select on alone: for a data set whose reported split would choose the best checkpoint",
+        minimum=0)  # fmt: skip
     add(group, "ema", 0.0, "decay of an exponential moving average of the weights, which is then evaluated; 0 for none", minimum=0)
     add(group, "seed", 0, "seed of initial weights, data order, augmentation and masks", minimum=0)
     add(group, "deterministic", False, "use deterministic GPU kernels only (slower)")
@@ -391,10 +393,14 @@ def _check_training(options: Options, given: dict) -> None:
         options.max_iterations = None
     elif options.val_interval is None:
         options.val_interval = max(1, options.max_iterations // 10)
-    if not options.holdout < 1:
-        raise ValueError(f"--holdout {options.holdout:g}: must be below 1, for example 0.2")
-    if options.holdout:
-        options.spec = options.spec.hold_out(options.holdout)
+    if options.holdout and options.select_holdout:
+        raise ValueError("--holdout and --select-holdout: give one of them")
+    for name, report in (("holdout", True), ("select_holdout", False)):
+        share = getattr(options, name)
+        if not share < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {share:g}: must be below 1, for example 0.2")
+        if share:
+            options.spec = options.spec.hold_out(share, report)
     if not options.ema < 1:
         raise ValueError(f"--ema {options.ema}: must be below 1, for example 0.999")
     if options.data is not None and not options.spec.source:

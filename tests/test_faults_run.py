@@ -35,6 +35,7 @@ from tests.workers import RUN, TINY, on_ranks, save_model, script, start, train
 from utils import checkpoint, log, session
 from utils.engine import NonFiniteError
 from utils.log import logger
+from utils.metrics import Stopped
 from utils.options import train_options
 from utils.run import write_text
 
@@ -211,6 +212,35 @@ def test_the_best_is_never_newer_than_the_last(tmp_path):
     assert steps == {"best.pth": 2, "student_best.pth": 2, "last.pth": 2}
     training, *_ = prepared(tmp_path, "--val-interval", "2", "--save-interval", "100", "--resume")
     assert training.validated == 2, "the validation is not made again"
+
+
+def test_a_validation_appears_once_after_a_stop_and_a_death(tmp_path):
+    """Stopped in the validation of step 2, gone on with, and killed between the row of that validation and the save after it: the next
+    resume is from step 2 again, and its validation takes the place of that row, in both tables."""
+    class Killed(Exception):
+        pass
+
+    def kill(_):
+        raise Killed
+
+    def stopped(*_):
+        raise Stopped
+
+    length = ("--max-iterations", "4", "--val-interval", "2", "--log-interval", "1")
+    training, teacher, run = prepared(tmp_path, *length)
+    assert not fit(training, teacher, batches(), run, stopped)
+    training, teacher, run = prepared(tmp_path, *length, "--resume")
+    assert (training.step, training.validated) == (2, 0)
+    run.save_last = kill
+    with pytest.raises(Killed):
+        fit(training, teacher, batches(2), run, scores)
+    assert [row["step"] for row in rows(tmp_path) if "val/mIoU" in row] == [2], "the row is there before the death"
+    training, teacher, run = prepared(tmp_path, *length, "--resume")
+    assert (training.step, training.validated) == (2, 0)
+    assert fit(training, teacher, batches(2), run, scores)
+    assert [(row["step"], "val/mIoU" in row) for row in rows(tmp_path)] == [
+        (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]  # fmt: skip
+    assert [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().splitlines()] == ["step", "1", "2", "2", "3", "4", "4"]
 
 
 def test_a_resume_needs_no_file_of_initial_weights(tmp_path, monkeypatch):

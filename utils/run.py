@@ -152,7 +152,7 @@ class Run:
             for path in useless:
                 path.unlink(missing_ok=True)
             self._write_arguments()
-            self._truncate_metrics(state["step"] if state else 0)
+            self._truncate_metrics(*((state["step"], state["validated"]) if state else (0, 0)))
         return state
 
     def _compare_machines(self, old: dict) -> None:
@@ -205,8 +205,12 @@ class Run:
         }
         write_text(self.folder / "args.json", json.dumps(arguments, indent=2) + "\n")
 
-    def _truncate_metrics(self, step: int) -> None:
-        """Drop the rows after `step`, which the resumed run writes again, and rebuild the table from what remains."""
+    def _truncate_metrics(self, step: int, validated: int) -> None:
+        """Drop the rows that the resumed run writes again, after `step` and of validations after `validated`, and rebuild the table.
+
+        `validated` may be smaller than a row's step although `step` is not: a run that was stopped before the validation of its last
+        step has saved that step, makes the validation after its resume, and may die before it has saved that.
+        """
         path = self.folder / "metrics.jsonl"
         rows = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -214,7 +218,7 @@ class Run:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a line that was cut off by a kill
-            if row["step"] <= step:
+            if row["step"] <= (validated if "val/mIoU" in row else step):
                 rows.append(row)
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         table = self.folder / "metrics.csv"

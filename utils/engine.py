@@ -310,7 +310,9 @@ def finish_validation(training: Training, run: Run, scores: Scores) -> None:
     training.evaluated = True
     if training.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(training.device)
-    run.record(training.step, {f"val/{name}": value for name, value in training.metrics.items()})
+    classes = dict(zip(training.options.spec.classes, scores.plain()["iou"], strict=True))
+    run.record(training.step, {f"val/{name}": value for name, value in training.metrics.items()}
+               | {f"val_iou/{name}": value for name, value in classes.items()})  # fmt: skip
     better = scores.miou > training.best
     logger.info("step %d  validation on %s: %s%s", training.step, training.options.spec.select_split,
                 "  ".join(f"{name} {value:.2f}" for name, value in training.metrics.items()), "  (best so far)" if better else "")  # fmt: skip

@@ -224,6 +224,7 @@ def _add_training(parser):
     add(group, "log-interval", 10, "steps between log lines", minimum=1)
     add(group, "val-interval", None, "steps between validations; none: a tenth of the training", type=int, minimum=1)
     add(group, "save-interval", 500, "steps between saves of last.pth", minimum=1)
+    add(group, "tensorboard", False, "write curves and pictures of every validation to SAVE_DIR/tensorboard (package tensorboard)")
     add(group, "dry-run", False, "build the networks and losses, print every option with its source, and stop; reads no data, and no "
         "checkpoint of a teacher whose model and backbone are given")  # fmt: skip
 
@@ -231,7 +232,7 @@ def _add_training(parser):
 # what may differ between a run and its continuation
 COSMETIC = {
     "data", "workers", "cache", "cache_dir", "device", "dist_timeout", "resume", "save_dir", "log_interval", "save_interval", "dry_run",
-    "teacher_checkpoint",
+    "teacher_checkpoint", "tensorboard",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@
     last.pth               all that a resume needs (last.previous.pth: the save before)
     best.pth               the same at the best validation
     student_best.pth       weights and settings of the best student alone, for eval.py
+    tensorboard/           the same rows and pictures for TensorBoard, with --tensorboard (utils/board.py)
     DONE | INTERRUPTED     how it ended; INTERRUPTED holds the command that goes on
     .lock                  held by the process that trains here; says which one
 
@@ -32,6 +33,7 @@ import torch
 import torchvision
 
 from utils import checkpoint, distributed
+from utils.board import Board
 from utils.files import replace_file
 from utils.log import logger
 from utils.options import COSMETIC, Options
@@ -53,6 +55,7 @@ class Run:
         self.options = options
         self.columns = ["step", *columns]
         self._last_is_damaged = False
+        self.board = None
         self._check_folder()
         self._lock()  # nobody goes on before everybody has looked
         self.state = self._find_state()
@@ -124,11 +127,12 @@ class Run:
     def done(self) -> bool:
         return (self.folder / "DONE").exists()
 
-    def start(self, model: dict, teacher: dict | None) -> dict | None:
+    def start(self, model: dict, teacher: dict | None, names: list[str] | tuple = ()) -> dict | None:
         """Begin or go on: writes args.json, and returns the state to resume from, None for a new run.
 
         Args:
             model: the student's config; teacher: {"file": its name, "sha256": its content}.
+            names: of the pictures that this rank predicts in a validation, for the board.
 
         Raises:
             ValueError: the run in the folder has other settings, or was distilled from another teacher.
@@ -152,7 +156,10 @@ class Run:
             for path in useless:
                 path.unlink(missing_ok=True)
             self._write_arguments()
-            self._truncate_metrics(*((state["step"], state["validated"]) if state else (0, 0)))
+            step, validated = (state["step"], state["validated"]) if state else (0, 0)
+            self._truncate_metrics(step, validated)
+            if self.options.tensorboard:
+                self.board = Board(self.folder / "tensorboard", step, validated, self.options.spec, names)
         return state
 
     def _compare_machines(self, old: dict) -> None:
@@ -228,7 +235,7 @@ class Run:
             writer.writerows(rows)
 
     def record(self, step: int, values: dict) -> None:
-        """Append a row to metrics.jsonl and metrics.csv; columns that the table does not have stay in the jsonl alone."""
+        """Append a row to metrics.jsonl, the board and metrics.csv; columns that the table does not have are left out there alone."""
         if not distributed.is_main():
             return
         row = {"step": step, **values}
@@ -237,6 +244,8 @@ class Run:
             file.write(json.dumps(row) + "\n")
         with writing(table), open(table, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
+        if self.board:
+            self.board.add(step, values)
 
     def save_last(self, state: dict) -> None:
         # a damaged file must not take the place of the good one before it, which this run went on from

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from models.fold import fold_batchnorm
 from models.foreign import Foreign, build_foreign
 from models.weights import expected_normalization, load_backbone, load_into, model_from_checkpoint, read_state
 from utils import checkpoint, distributed, log
+from utils.board import require_tensorboard
 from utils.distill import Distiller, LabelAssisted, Teacher, check_compile
 from utils.engine import AMP, NonFiniteError, Training, fit
 from utils.log import logger
@@ -61,6 +63,8 @@ def explain(error: Exception) -> str:
 
 def train(options: Options, device: torch.device) -> int | None:
     """Train a network, alone or with a teacher and distillation methods, in `options.save_dir`; the exit status if interrupted."""
+    if options.tensorboard:
+        require_tensorboard()
     set_deterministic(options)
     check_compile(options.compile, device, options.accumulate)
     torch.manual_seed(options.seed)
@@ -102,7 +106,7 @@ def train(options: Options, device: torch.device) -> int | None:
         load_pretrained(student, options)
     sizes = {"parameters": count_parameters(student), "extra_parameters": extra_parameters(distiller), "macs": macs(student, options),
              "teacher_macs": macs(teacher_model, options) if teacher_model else 0}  # fmt: skip
-    resumed = run.start(student.config, teacher_id)
+    resumed = run.start(student.config, teacher_id, selection.names)
     logger.debug("%s", option_table(options))
     logger.info("%s", describe(distiller, teacher_model, options, device))
 
@@ -123,7 +127,7 @@ def train(options: Options, device: torch.device) -> int | None:
     loader = build_loader(pictures, sampler, workers=options.workers, device=device)
     with StopSignal() as stop:
         try:
-            if fit(training, teacher, loader, run, selection.evaluate, stop):
+            if fit(training, teacher, loader, run, partial(selection.evaluate, visit=run.board), stop):
                 report(training, run, selection, reported, sizes, lambda: stop.received)
                 return None
         except Stopped:
@@ -253,11 +257,12 @@ class Split:
         self.spec = options.spec
         self.pictures = build_dataset(options.spec, options.data, name)
         sampler = EvalSampler(len(self.pictures), distributed.rank(), distributed.world())
+        self.names = [self.pictures.items[index].name for index in sampler]  # of this rank's share
         self.loader = build_loader(self.pictures, sampler, workers=options.workers, device=device)
 
-    def evaluate(self, model, stop=None):
-        """Scores; raises Stopped when `stop()` says so."""
-        return evaluate(model, self.loader, len(self.pictures), self.spec, self.device, Inference(), self.amp, stop)
+    def evaluate(self, model, stop=None, visit=None):
+        """Scores; raises Stopped when `stop()` says so. `visit`: called with (batch, prediction) of every batch of this rank."""
+        return evaluate(model, self.loader, len(self.pictures), self.spec, self.device, Inference(), self.amp, stop, visit)
 
 
 def report(training: Training, run: Run, selection: Split, reported: Split, sizes: dict, stop) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from dataset import build_dataset, get_spec
 from models.weights import model_from_checkpoint
+from scripts.charts import COLOURS, GAP, WIDTH, Axes, document, figure, html_table, legend, text_width, ticks
 from scripts.evidence import LEVEL, Difference, holm, paired, verdict
 from utils.metrics import Inference, Scores, confusion
 from utils.run import write_text
@@ -34,7 +35,6 @@ PUBLISHED_BACKBONES = {
     "resnet18": "R18", "resnet50": "R50", "resnet101": "R101", "mobilenetv2": "MBV2", "mobilenetv3_small": "MNv3-Small",
     "mobilenetv3_large": "MNv3-Large", "mit_b0": "B0", "mit_b1": "B1", "mit_b2": "B2", "mit_b4": "B4",
 }  # fmt: skip
-COLOURS = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 PICTURES = 60  # of the reported split, evenly spaced, among which those for the sheet are chosen
 ROWS = 5  # pictures on the sheet
 CLASSES = 12  # in the chart of classes
@@ -365,50 +365,14 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------------------ page
 
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 86rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.wide { overflow-x: auto; } .wide img { max-width: none; display: block; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-.words td { white-space: normal; text-align: left; min-width: 5rem; } .words th { text-align: left; }
-th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid; }
-th[aria-sort=ascending] button::after { content: " \\25B2"; } th[aria-sort=descending] button::after { content: " \\25BC"; }
-tbody tr:hover { background: var(--soft); } code { overflow-wrap: anywhere; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
-figure { margin: 0 0 1rem; max-width: 42rem; } figcaption { font-size: .9rem; } 
-svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 13px; }
-.legend span { display: inline-block; margin-right: 1rem; white-space: nowrap; }
-.legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; border-radius: 2px; }
-"""
-
-SCRIPT = """
-for (const head of document.querySelectorAll("table.sort th")) head.firstChild.addEventListener("click", () => {
-  const table = head.closest("table"), body = table.tBodies[0], column = head.cellIndex;
-  const down = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-  for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", down === 1 ? "ascending" : "descending");
-  const value = row => row.cells[column].textContent, empty = text => text === "-";
-  const order = (a, b) => isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b;
-  body.append(...[...body.rows].sort((x, y) => {
-    const a = value(x), b = value(y);
-    return empty(a) || empty(b) ? empty(a) - empty(b) : down * order(a, b);
-  }));
-});
-"""
-
-
 def page(content: dict, pictures, told: str) -> str:
     """The report as one html file; `pictures`: the sheet or None, `told`: a sentence about it."""
     names = [arm["arm"] for arm in content["arms"]]
     colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
     title = f"{content['title']}: {len(names)} arms, {len(content['seeds'])} seeds, {content['budget']}"
-    legend = "".join(f'<span><i style="background:{colours[name]}"></i>{escape(name)}</span>' for name in names)
     parts = [
         f"<h1>{escape(title)}</h1>", bullets([row["text"] for row in content["verdicts"]]), html_table(*results_table(content), sort=True),
-        *(f"<p>{words(line)}</p>" for line in notes(content)), f'<p class="legend">{legend}</p>', '<div class="charts">',
+        *(f"<p>{words(line)}</p>" for line in notes(content)), legend(colours), '<div class="charts">',
         figure(scatter(content["arms"], colours), "mIoU of the last student (mean, standard deviation) against the time of a step"),
         figure(curves(content["runs"], colours), f"mIoU on {content['selected_on']} over the training, every run"), "</div>",
     ]  # fmt: skip
@@ -425,11 +389,7 @@ def page(content: dict, pictures, told: str) -> str:
     for heading, part in sections(content):
         body = html_table(*part, sort=True) if isinstance(part, tuple) else bullets(part)
         parts.append(f"<h2>{escape(heading)}</h2>{body}")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n' + "\n".join(parts)
-        + f"\n<script>{SCRIPT}</script></body></html>\n"
-    )  # fmt: skip
+    return document(title, parts)
 
 
 def words(text: str) -> str:
@@ -444,60 +404,7 @@ def bullets(lines: list[str]) -> str:
     return f"<ul>{''.join(f'<li>{words(line)}</li>' for line in lines)}</ul>"
 
 
-def html_table(head: list[str], rows: list[list[str]], sort: bool = False) -> str:
-    kind = " ".join(["sort"] * sort + ["words"] * any(len(value) > 40 for row in rows for value in row))
-    cells = "".join(f"<tr>{''.join(f'<td>{escape(str(value))}</td>' for value in row)}</tr>" for row in rows)
-    names = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in head)
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{names}</tr></thead><tbody>{cells}</tbody></table></div>'
-
-
-def figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
 # ---------------------------------------------------------------------------------------------------------------------- charts
-
-
-WIDTH, HEIGHT, LEFT, BOTTOM, GAP = 480, 320, 50, 40, 12  # of a chart, in its own units: 360 pixels of a phone keep the text readable
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers within [low, high]."""
-    step = 10 ** np.floor(np.log10(max(high - low, 1e-9)))
-    step = next(step * factor for factor in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * factor) < 7)
-    return [float(value) for value in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0]  # no -0
-
-
-class Axes:
-    """A frame with ticks; `x` and `y` turn values into places on it."""
-
-    def __init__(self, xs: list[float], ys: list[float], x_title: str, y_title: str):
-        (self.x0, self.x1), (self.y0, self.y1) = (self.limits(values) for values in (xs, ys))
-        self.marks = []
-        for value in ticks(self.x0, self.x1):
-            self.marks.append(f'<line x1="{self.x(value):.1f}" x2="{self.x(value):.1f}" y1="{GAP}" y2="{HEIGHT - BOTTOM}" stroke="#8884"/>'
-                              f'<text x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')  # fmt: skip
-        for value in ticks(self.y0, self.y1):
-            self.marks.append(f'<line x1="{LEFT}" x2="{WIDTH - GAP}" y1="{self.y(value):.1f}" y2="{self.y(value):.1f}" stroke="#8884"/>'
-                              f'<text x="{LEFT - 6}" y="{self.y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')  # fmt: skip
-        middle = HEIGHT / 2 - 14
-        self.marks.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>'
-                          f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_title)}</text>')
-
-    @staticmethod
-    def limits(values: list[float]) -> tuple[float, float]:
-        low, high = min(values, default=0.0), max(values, default=1.0)
-        margin = 0.06 * (high - low) or 0.5
-        return low - margin, high + margin
-
-    def x(self, value: float) -> float:
-        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - GAP - LEFT)
-
-    def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - BOTTOM - GAP)
-
-    def svg(self, marks: list[str]) -> str:
-        return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join([*self.marks, *marks])}</svg>'
 
 
 def scatter(arms: list[dict], colours: dict[str, str]) -> str:
@@ -519,13 +426,7 @@ def curves(runs: list[dict], colours: dict[str, str]) -> str:
     lines = [(run, [(100 * step / run["steps"], miou) for step, miou in run["curve"]]) for run in runs if run["done"]]
     points = [point for _, line in lines for point in line]
     axes = Axes([0.0, 100.0], [y for _, y in points], "percent of the steps", "mIoU")
-    marks = []
-    for run, line in lines:
-        path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line)
-        dots = "".join(f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2" fill="{colours[run["arm"]]}"/>' for x, y in line)
-        marks.append(f'<polyline points="{path}" fill="none" stroke="{colours[run["arm"]]}" stroke-opacity=".6" stroke-width="1.5">'
-                     f'<title>{escape(run["arm"])}, seed {run["seed"]}</title></polyline>{dots}')  # fmt: skip
-    return axes.svg(marks)
+    return axes.svg([axes.line(line, colours[run["arm"]], f"{run['arm']}, seed {run['seed']}", dots=True) for run, line in lines])
 
 
 def bars(content: dict, colours: dict[str, str]) -> str:
@@ -535,7 +436,8 @@ def bars(content: dict, colours: dict[str, str]) -> str:
     shown = sorted(sorted(range(len(classes)), key=lambda k: -size[k])[:CLASSES])
     known = [values[k] for values in gains.values() for k in shown if values[k] is not None]
     low, high = Axes.limits([0.0, *known])
-    left, row, band = 120, 9, 9 * len(gains) + 9
+    row, band = 9, 9 * len(gains) + 9
+    left = max(120, 6 + max(text_width(classes[k][:16]) for k in shown))
 
     def x(value):
         return left + (value - low) / (high - low) * (WIDTH - GAP - left)

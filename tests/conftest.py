@@ -1,5 +1,6 @@
 """`--slow` runs the tests that take minutes, too; every test runs on one thread."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,22 @@ from tests import parity
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
     parser.addoption("--parity", type=Path, metavar="FILE", help="write the comparison with recorded values of the published code to FILE")
+
+
+@pytest.fixture(scope="module")
+def window():
+    """A browser without a screen; the test is skipped where there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (requirements-dev.txt)")
+    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not browser or not driver:
+        pytest.skip("no chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
+        options.add_argument(argument)
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
 
 
 def pytest_configure(config):

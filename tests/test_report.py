@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,10 @@ import torch
 
 from dataset import get_spec
 from scripts import compare_report
+from scripts.charts import html_table
 from scripts.compare import Budget, Job, Plan, parse_arm
-from scripts.compare_report import Axes, bars, html_table, markdown_table, ticks, words, write_report
+from scripts.compare_report import bars, markdown_table, words, write_report
+from tests.browser import check_page
 from tests.workers import save_model
 
 CLASSES = get_spec("shapes").classes
@@ -182,20 +183,6 @@ def test_pictures_are_those_that_the_arms_differ_on(tmp_path, monkeypatch):
     assert compare_report.disagreements(made, jobs) == (None, "No pictures: none has no last.pth any more.")
 
 
-def test_ticks_are_round_and_inside():
-    assert ticks(0, 100) == [0, 20, 40, 60, 80, 100] and ticks(-0.4, 0.44) == pytest.approx([-0.4, -0.2, 0, 0.2, 0.4])
-    for low, high in ((0, 1e-3), (29.98, 30.03), (-7, 2000), (5, 5)):
-        marks = ticks(low, high)
-        assert len(marks) <= 7 and all(low - 1e-9 <= mark <= high + 1e-9 for mark in marks)
-
-
-def test_axes_turn_values_into_places():
-    axes = Axes([0.0, 100.0], [10.0, 20.0], "x", "y")
-    assert axes.x(0) < axes.x(100) and axes.y(10) > axes.y(20), "up is more"
-    assert axes.x(50) == pytest.approx((axes.x(0) + axes.x(100)) / 2)
-    assert Axes([3.0], [5.0], "x", "y").x(3.0) == pytest.approx((compare_report.LEFT + compare_report.WIDTH - compare_report.GAP) / 2)
-
-
 def test_bars_show_the_classes_that_change_most():
     gains = {"kd": [0.1 * k for k in range(20)], "cwd": [None] * 19 + [-5.0]}
     drawn = bars({"class_gains": gains, "classes": [f"class{k}" for k in range(20)]}, {"kd": "#111", "cwd": "#222"})
@@ -234,34 +221,18 @@ def test_the_page_needs_nothing_else(page):
     assert set(sources) == {"data:"} and "<this>" not in text and "&lt;this&gt;" in text
 
 
-def test_the_page_in_a_browser(page):
+def test_the_page_in_a_browser(page, window):
     """Sorted by a click, pictures loaded, nothing wider than a phone, no error on the console."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (requirements-dev.txt)")
-    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not browser or not driver:
-        pytest.skip("no chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
-        options.add_argument(argument)
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try:
-        window.get(page.as_uri())
-        head = "document.querySelectorAll('table')[0].tHead.rows[0].cells"
-        column = "return [...document.querySelectorAll('table')[0].tBodies[0].rows].map(row => row.cells[{}].textContent)"
-        assert window.execute_script(column.format(0)) == ["none", "kd", "cwd", "teacher"]
-        for expected, order in ((["none", "kd", "cwd", "teacher"], "ascending"), (["teacher", "cwd", "kd", "none"], "descending")):
-            window.execute_script(f"{head}[2].firstChild.click()")
-            assert window.execute_script(column.format(0)) == expected
-            assert window.execute_script(f"return {head}[2].getAttribute('aria-sort')") == order
-        window.execute_script(f"{head}[3].firstChild.click()")
-        assert window.execute_script(column.format(3)) == ["0.72", "1.00", "1.11", "-"], "numbers by value, what is missing last"
-        assert window.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 1000)") == [True]
-        assert window.execute_script("return document.querySelectorAll('svg').length") == 3
-        for width in (390, 1280):
-            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-            window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            assert window.execute_script("return document.documentElement.scrollWidth") <= width
-        assert window.get_log("browser") == []
-    finally:
-        window.quit()
+    window.get(page.as_uri())
+    head = "document.querySelectorAll('table')[0].tHead.rows[0].cells"
+    column = "return [...document.querySelectorAll('table')[0].tBodies[0].rows].map(row => row.cells[{}].textContent)"
+    assert window.execute_script(column.format(0)) == ["none", "kd", "cwd", "teacher"]
+    for expected, order in ((["none", "kd", "cwd", "teacher"], "ascending"), (["teacher", "cwd", "kd", "none"], "descending")):
+        window.execute_script(f"{head}[2].firstChild.click()")
+        assert window.execute_script(column.format(0)) == expected
+        assert window.execute_script(f"return {head}[2].getAttribute('aria-sort')") == order
+    window.execute_script(f"{head}[3].firstChild.click()")
+    assert window.execute_script(column.format(3)) == ["0.72", "1.00", "1.11", "-"], "numbers by value, what is missing last"
+    assert window.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 1000)") == [True]
+    assert window.execute_script("return document.querySelectorAll('svg').length") == 3
+    check_page(window)

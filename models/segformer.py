@@ -34,7 +34,11 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention whose keys and values come from the map reduced by `reduction` in height and width (section 3.1)."""
+    """Self-attention whose keys and values come from the map reduced by `reduction` in height and width (section 3.1).
+
+    A map smaller than `reduction` is padded with zeros, as every other convolution pads, and has one key per direction. Differs from the
+    released code: it fails on such maps, of pictures below 29 pixels.
+    """
 
     def __init__(self, width: int, heads: int, reduction: int):
         super().__init__()
@@ -48,10 +52,15 @@ class Attention(nn.Module):
             self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, h, w, C), so is the result
-        reduced = x if self.sr is None else self.norm(convolve(self.sr, x))
+        reduced = x if self.sr is None else self.norm(convolve(self.sr, self.padded(x)))
         q = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
         k, v = self.kv(reduced).flatten(1, 2).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # of M <= N positions
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(B, h, w, C) with at least one window of `sr` in height and width."""
+        below, right = (max(0, self.sr.stride[0] - side) for side in x.shape[1:3])
+        return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
 
 
 class MixFFN(nn.Module):
@@ -102,7 +111,7 @@ class Stage(nn.Module):
 
 
 class MixTransformer(nn.Module):
-    """The encoder. Its stages end in a LayerNorm; images have at least 29 pixels in height and width, else stage 1 has no key.
+    """The encoder. Its stages end in a LayerNorm.
 
     Args:
         channels, depths: of the four stages, see SIZES.

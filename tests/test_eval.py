@@ -189,6 +189,7 @@ REFUSED = {
     "classes": (["--dataset", "shapes"], "checkpoint student.pth has 11 classes, shapes has 8; pass --dataset"),
     "split": (["--split", "tset"], "camvid has no split 'tset'; possible: train, val, test"),
     "data": (["--data", "nowhere"], "nowhere: folder is missing, --data is the folder that holds CamVid"),
+    "window": (["--window", "16", "24"], "--window 16 24: belongs to --mode slide, --mode is whole; add it, or drop the flag"),
     "stride": (["--mode", "slide", "--window", "16", "--stride", "20"], "--stride 20 20: must be at most the window, 16 16, or pixels are left out"),
 }
 

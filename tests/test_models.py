@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import BACKBONES, FIELDS, MODELS, SegOutput, backbones_of, build_model, count_macs, count_parameters, list_models
 from models.__main__ import main
 from models.backbones import build_backbone, on_meta, output_strides
+from models.segformer import Attention
+from utils.metrics import Inference
 
 PAIRS = list_models()
 FIRST = {next(pair for pair in PAIRS if pair[0] == name) for name in MODELS}  # every backbone is tested alone
@@ -169,6 +171,35 @@ def test_reading_what_was_not_computed():
 
 # where it is not c3's
 AUX_STRIDES = {("ocrnet", "hrnet_w18"): 4, ("lraspp", "mobilenetv3_large_vanilla"): 8, ("stdc", "stdc1"): 8, ("ddrnet", "ddrnet23_slim"): 8}
+
+
+SMALLEST = {"segformer": "mit_b0", "stdc": "stdc1", "ddrnet": "ddrnet23_slim"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pictures_down_to_one_pixel_are_predicted(name):
+    """Whole, as windows, and scaled down; below 29 pixels the released SegFormer has no key to attend to."""
+    model = build_model(name, SMALLEST.get(name, "mobilenetv2"), 5, head_width=8).eval()
+    for size in ((1, 1), (1, 40), (40, 3), (28, 28), (29, 28)):
+        with torch.no_grad():
+            assert torch.isfinite(model(torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)).logits).all(), size
+    picture = torch.randint(0, 256, (1, 3, 40, 33), dtype=torch.uint8)
+    with torch.no_grad():
+        for inference in (Inference("slide", (16, 9)), Inference(scales=(0.1, 1.0), flip=True)):
+            assert inference(model, picture).shape == (1, 40, 33)
+
+
+def test_a_small_map_of_segformer_is_padded_as_by_hand():
+    """A map of 5x9 reduced by 8: one row of one key, of the map with zeros below and beside it; maps that need none are not touched."""
+    attention = Attention(8, 2, 8).eval()
+    x = torch.randn(2, 5, 9, 8)
+    whole = torch.zeros(2, 8, 9, 8)
+    whole[:, :5] = x
+    kernel, bias = attention.sr.weight, attention.sr.bias  # (8, 8, 8, 8): the ninth column is out of reach
+    key = attention.norm(torch.einsum("bhwc,dchw->bd", whole[:, :, :8], kernel) + bias)
+    value = attention.kv(key)[:, 8:]  # one key: attention is its value, whatever asks
+    torch.testing.assert_close(attention(x), attention.proj(value)[:, None, None].expand(2, 5, 9, 8))
+    assert attention.padded(large := torch.randn(1, 8, 8, 8)) is large
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,8 @@ REFUSED = {  # script, arguments, message
     "checkpoint gone": ("eval.py", ["--checkpoint", "gone.pth"], "gone.pth: no such file"),
     "scale": ("eval.py", ["--checkpoint", "c", "--dataset", "shapes", "--scales", "1", "0"], "--scales 0.0: must be at least 0.05"),
     "window": ("eval.py", ["--checkpoint", "c", "--dataset", "shapes", "--window", "1", "2", "3"], "--window 1 2 3: give one number, or height"),
-    "stride": ("eval.py", ["--checkpoint", "c", "--dataset", "shapes", "--window", "9", "--stride", "9", "10"], "--stride 9 10: must be at most the"),
+    "stride": ("eval.py", ["--checkpoint", "c", "--dataset", "shapes", "--mode", "slide", "--window", "9", "--stride", "9", "10"],
+               "--stride 9 10: must be at most the"),
 }
 
 

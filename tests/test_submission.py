@@ -107,6 +107,12 @@ def test_two_ranks_pack_one_archive(citys):
     assert not (citys / "more").exists()
 
 
+def test_a_stride_needs_a_window(citys, capsys):
+    with pytest.raises(SystemExit):
+        run(citys, "--stride", "8")
+    assert capsys.readouterr().err.endswith(" error: --stride 8: belongs to --mode slide, --mode is whole; add it, or drop the flag\n")
+
+
 def smaller():
     spec = SPECS["citys"]
     SPECS["citys"] = dataclasses.replace(spec, pictures={"test": 3}, submission=dataclasses.replace(spec.submission, size=SIZE))

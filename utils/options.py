@@ -300,7 +300,7 @@ def _add_inference(parser):
     """How pictures become labels; returns the group."""
     group, add = parser.add_argument_group("how"), parser.add
     add(group, "mode", "whole", "whole pictures, or a sliding window", choices=("whole", "slide"))
-    add(group, "window", None, "height and width of the sliding window", recipe="crop", type=int, nargs="+", minimum=1)
+    add(group, "window", None, "height and width of the window of --mode slide", recipe="crop", type=int, nargs="+", minimum=1)
     add(group, "stride", None, "step of the window; none: two thirds of it", type=int, nargs="+", minimum=1)
     add(group, "scales", (1.0,), "scales whose class probabilities are averaged", type=float, nargs="+", minimum=0.05)
     add(group, "flip", False, "average with the mirrored picture")
@@ -350,6 +350,10 @@ def _resolve(parser: _Parser, given: dict) -> Options:
     for name in ("crop_size", "window", "stride"):
         if getattr(options, name, None) is not None:
             setattr(options, name, pair(name, getattr(options, name)))
+    for name in ("window", "stride"):
+        if name in given and options.mode == "whole":
+            shown = " ".join(map(str, given[name]))
+            raise ValueError(f"--{name} {shown}: belongs to --mode slide, --mode is {options.mode}; add it, or drop the flag")
     if getattr(options, "stride", None) and any(step > side for step, side in zip(options.stride, options.window, strict=True)):
         given, window = (" ".join(map(str, sides)) for sides in (options.stride, options.window))
         raise ValueError(f"--stride {given}: must be at most the window, {window}, or pixels are left out")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 IGNORE = 255  # the one "no label" value inside the project
 
@@ -91,11 +91,40 @@ def read_image(path: str | Path) -> np.ndarray:
     if (image := _read_sound_png(path)) is not None:
         return image
     with _open(path, "picture") as picture:
-        if picture.mode in _DEEP_MODES:
-            raise DataError(f"{path}: picture has mode {picture.mode}, 8 bits per channel are needed; convert it to 8-bit RGB")
-        if picture.mode == "P":  # by way of RGBA: a palette with transparency makes Pillow warn otherwise
-            return np.ascontiguousarray(_decode(picture, path, "picture", "RGBA")[:, :, :3])
-        return _decode(picture, path, "picture", None if picture.mode == "RGB" else "RGB")
+        return _rgb(picture, path)
+
+
+def read_upright(path: str | Path) -> tuple[np.ndarray, int]:
+    """(what `read_image` reads, turned as viewers show it, and its EXIF mark: 1 where it is stored upright, up to 8)."""
+    if (image := _read_sound_png(path)) is not None:  # has no mark
+        return image, 1
+    with _open(path, "picture") as picture:
+        image = _rgb(picture, path)
+        try:
+            mark = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # noqa: BLE001 - as above; viewers pass over a damaged mark
+            mark = 1
+    turn = _TURNS.get(mark)
+    return (image, 1) if turn is None else (np.ascontiguousarray(turn(image)), mark)
+
+
+_TURNS = {  # EXIF mark -> what makes the picture upright
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: image[::-1].swapaxes(0, 1),  # by 90 degrees clockwise
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: lambda image: image[:, ::-1].swapaxes(0, 1),
+}
+
+
+def _rgb(picture: Image.Image, path: str | Path) -> np.ndarray:
+    if picture.mode in _DEEP_MODES:
+        raise DataError(f"{path}: picture has mode {picture.mode}, 8 bits per channel are needed; convert it to 8-bit RGB")
+    if picture.mode == "P":  # by way of RGBA: a palette with transparency makes Pillow warn otherwise
+        return np.ascontiguousarray(_decode(picture, path, "picture", "RGBA")[:, :, :3])
+    return _decode(picture, path, "picture", None if picture.mode == "RGB" else "RGB")
 
 
 def read_label(path: str | Path, colours: bool = False) -> np.ndarray:

@@ -8,10 +8,12 @@ import argparse
 import dataclasses
 import difflib
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
-from dataset import SPECS, get_spec
+from dataset import SPECS, Spec, get_spec
 from dataset.cache import FOLDER, KINDS
+from dataset.classes import voc_colour
 from losses import METHODS, resolve
 from losses.base import check_bounds
 from models import BACKBONES, MODELS, NORMALIZATIONS
@@ -287,12 +289,36 @@ def submit_options(argv=None, *, description: str) -> Options:
     return _resolve_checkpoint(parser, sys.argv[1:] if argv is None else argv)
 
 
-def _add_checkpoint(parser, split_help):
-    """A checkpoint and the pictures it is used on."""
+def predict_options(argv=None, *, description: str) -> Options:
+    """The options of scripts/predict.py; `spec` names the classes and their colours."""
+    parser = _Parser("python -m scripts.predict", description)
+    group, add = _add_weights(parser), parser.add
+    add(group, "dataset", None, f"data set whose classes the checkpoint has; none: it says so itself. {', '.join(SPECS)}", type=str)
+    add(group, "data", None, "folder with the classes.txt of --dataset folder", type=str)
+    group = parser.add_argument_group("pictures")
+    add(group, "input", None, "a picture, a folder of pictures with its subfolders, or a video", type=str, required=True)
+    add(group, "batch-size", 1, "pictures of equal size that are predicted at once", minimum=1)
+    add(group, "workers", 2, "threads per rank that read pictures ahead (one reads a video), 0 for none", minimum=0)
+    _add_inference(parser)
+    _add_device(parser)
+    group = parser.add_argument_group("output")
+    add(group, "output", None, "new or empty folder of the label pictures, overlays, legend and report", type=str, required=True)
+    add(group, "overlays", True, "write the pictures with the classes' colours laid over them, of a video a video")
+    given = parser.parse(sys.argv[1:] if argv is None else argv)
+    return fail_in_one_line(parser, lambda: _resolve(parser, given, classes_of(given)))
+
+
+def _add_weights(parser):
+    """A checkpoint; returns the group."""
     group = parser.add_argument_group("checkpoint")
     parser.add(group, "checkpoint", None, "checkpoint: this project's or a published one", type=str, required=True)
     parser.add(group, "normalization", None, "input normalisation, where the checkpoint's own is wrong", choices=tuple(NORMALIZATIONS))
-    parser.add(group, "split", None, split_help, type=str)
+    return group
+
+
+def _add_checkpoint(parser, split_help):
+    """A checkpoint and the pictures it is used on."""
+    parser.add(_add_weights(parser), "split", None, split_help, type=str)
     _add_data(parser, default=None)
 
 
@@ -323,6 +349,26 @@ def dataset_of(path: str) -> str:
     return info["config"]["dataset"]
 
 
+def classes_of(given: dict) -> Spec:
+    """The data set whose classes a checkpoint has: what --dataset says, else what the checkpoint says of itself, classes and colours."""
+    name, data, path = given.get("dataset"), given.get("data"), given["checkpoint"]
+    spec = get_spec(name, data) if name else None
+    if data is not None and (spec is None or spec.completion is None):
+        raise ValueError(f"--data {data}: belongs to --dataset folder, whose classes.txt it holds; add it, or drop the flag")
+    if spec is not None:
+        return spec
+    name = dataset_of(path)
+    config = read_state(path)[1]["config"]
+    classes = config.get("classes")
+    if not classes:
+        return get_spec(name)
+    spec = SPECS.get(name, SPECS["folder"])
+    colours = [tuple(colour) for colour in config.get("colours") or spec.colours or map(voc_colour, range(len(classes)))]
+    if [len(colour) for colour in colours] != [3] * len(classes) or not {value for colour in colours for value in colour} <= {*range(256)}:
+        raise ValueError(f"{path}: the colours in its config are not red green blue for every class; use another copy, or pass --dataset")
+    return replace(spec, name=name, classes=tuple(classes), colours=tuple(colours))
+
+
 def fail_in_one_line(parser, function):
     try:
         return function()
@@ -330,8 +376,8 @@ def fail_in_one_line(parser, function):
         parser.error(str(error))
 
 
-def _resolve(parser: _Parser, given: dict) -> Options:
-    spec = get_spec(given.get("dataset") or parser.defaults["dataset"] or "shapes", given.get("data"))
+def _resolve(parser: _Parser, given: dict, spec: Spec | None = None) -> Options:
+    spec = spec or get_spec(given.get("dataset") or parser.defaults["dataset"] or "shapes", given.get("data"))
     options = Options(sources={}, methods={}, spec=spec)
     for name, default in parser.defaults.items():
         if name in given:

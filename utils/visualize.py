@@ -1,9 +1,10 @@
-"""Label maps as pictures: palette files, overlays and sheets.
+"""Label maps as pictures: palette files, overlays, legends and sheets.
 
 `palette` is (256, 3) uint8, `Spec.palette()`; a label map in colours is `palette[labels]`, a look-up (2 ms where drawing class by
 class takes 195 for 150 classes).
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,22 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, strength
     """(H, W, 3) uint8 picture with the labels' colours laid over it; ignored pixels (255) stay as they are."""
     mixed = (1 - strength) * image + strength * palette[labels]
     return np.where((labels == 255)[..., None], image, mixed).astype(np.uint8)
+
+
+def legend(classes, colours, rows: int = 32) -> Image.Image:
+    """The classes' colours with their numbers and names, down the columns, at most `rows` in each."""
+    font, swatch, gap = ImageFont.load_default(15), (34, 18), 8
+    names = [f"{number}  {name}" for number, name in enumerate(classes)]
+    line, column = swatch[1] + gap, swatch[0] + 3 * gap + math.ceil(max(font.getlength(name) for name in names))
+    columns = -(-len(names) // rows)
+    rows = -(-len(names) // columns)  # columns of one length
+    page = Image.new("RGB", (columns * column + gap, rows * line + gap), "white")
+    draw = ImageDraw.Draw(page)
+    for number, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        x, y = gap + number // rows * column, gap + number % rows * line
+        draw.rectangle((x, y, x + swatch[0] - 1, y + swatch[1] - 1), fill=tuple(int(c) for c in colour), outline="black")
+        draw.text((x + swatch[0] + gap, y + swatch[1] // 2), name, fill="black", font=font, anchor="lm")
+    return page
 
 
 def sheet(columns: dict[str, list[np.ndarray]], classes=(), colours=(), width: int = 240) -> Image.Image:

@@ -71,12 +71,20 @@ def plain_contrast(generated: Tensor, teacher: Tensor, patch: int, groups: int, 
     """Mean over all anchors, from one tensor of all distances (patches, cells, cells): several times the maps, and on a GPU the
     gradient of `torch.cdist` with l1 takes the maps' size times the cells of a patch."""
     student_cells, teacher_cells = to_cells(generated, patch, groups), to_cells(teacher, patch, groups)
-    # the matrix product form of l2 loses the small distances, which decide at tau 0.07
-    distances = torch.cdist(student_cells, teacher_cells, p=1.0 if distance == "l1" else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
-    similarity = -distances / tau
+    similarity = -plain_distances(student_cells, teacher_cells, distance == "l1") / tau
     if (excluded := excluded_cells(patch * patch, groups, negatives, generated.device)) is not None:
         similarity = similarity.masked_fill(excluded, -torch.inf)
     return (similarity.logsumexp(-1) - similarity.diagonal(dim1=-2, dim2=-1)).mean()
+
+
+def plain_distances(student: Tensor, teacher: Tensor, l1: bool, most: int = 2**31 - 1) -> Tensor:
+    """`distances` by torch.cdist, whose gradient on a GPU has cells times the numbers of the student and counts them in 32 bits: as many
+    patches at a time as have no more than `most`, at least one."""
+    step = max(1, most // max(1, student[0].numel() * teacher.shape[1]))
+    # the matrix product form of l2 loses the small distances, which decide at tau 0.07
+    measure = functools.partial(torch.cdist, p=1.0 if l1 else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
+    parts = [measure(*part) for part in zip(student.split(step), teacher.split(step), strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def fused_contrast(

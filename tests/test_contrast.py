@@ -78,6 +78,21 @@ def test_fused_is_plain(monkeypatch, negatives, distance, tau):
     assert plain.norm() > 0 and (ours - plain).norm() <= 1e-10 * plain.norm()
 
 
+@pytest.mark.parametrize("most,parts", [(1, 6), (8 * 3 * 6 * 2, 3), (8 * 3 * 6 * 4, 2), (1 << 40, 1)])
+@pytest.mark.parametrize("l1", [True, False])
+def test_plain_distances_in_parts(monkeypatch, l1, most, parts):
+    """Six patches of eight student cells by six of the teacher's, of three channels: the same bits and gradients however they are cut."""
+    generated, teacher = torch.randn(6, 8, 3, requires_grad=True), torch.randn(6, 6, 3)
+    whole = torch.cdist(generated, teacher, p=1 if l1 else 2, compute_mode="donot_use_mm_for_euclid_dist")
+    sizes, cdist = [], torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda x, y, **given: sizes.append(x.numel() * y.shape[1]) or cdist(x, y, **given))
+    cut = module.plain_distances(generated, teacher, l1, most)
+    assert len(sizes) == parts and max(sizes) <= max(most, 8 * 3 * 6)
+    assert torch.equal(cut, whole)
+    weights = torch.randn(6, 8, 6)
+    assert torch.equal(*(torch.autograd.grad((weights * found).sum(), generated)[0] for found in (cut, whole)))
+
+
 def test_float32_is_as_near_to_float64_as_the_plain_form():
     exact, teacher = maps(2, 512, 12, 12)
     settings = (4, 16, 0.07, "released", "l1")

@@ -93,6 +93,11 @@ def helpers() -> dict:
     (distributed.gather_with_gradient(rows) ** 2).sum().backward()
     torch.manual_seed(rank)  # ranks that start with different weights get rank 0's
     wrapped = distributed.wrap(nn.Linear(2, 2), torch.device("cpu"))
+    student, teacher = networks()
+    setup = Setup(student.channels, teacher.channels, CLASSES, (CROP, CROP), IMAGES)
+    distiller = Distiller(student, TaskLoss(0.4), build_methods({"afdcd": resolve(METHODS["afdcd"], "shapes", {})[0]}, setup)).double()
+    Teacher(teacher, distiller.teacher_needs)
+    exchanged = distributed.wrap(distiller, torch.device("cpu"))
     batch = Batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 4, 4), ["a", "b"], step=7, offset=2 * rank, global_size=4)
     method = SimpleNamespace(name="afdcd", setup=SimpleNamespace(seed=5))
     return {
@@ -106,6 +111,9 @@ def helpers() -> dict:
         "long text": [len(text) for text in distributed.gather_text("x" * (3000 + rank))],
         "buffers": [norm.running_mean.tolist(), norm.running_var.tolist()],
         "row gradient": rows.grad.flatten().tolist(),
+        # bytes of gradients, in DDP's buckets and in the networks
+        "buckets": (sum(map(int, exchanged._get_ddp_logging_data()["bucket_sizes"].split(", "))) if distributed.world() > 1 else None,
+                    [sum(p.nbytes for p in part.parameters()) for part in (student, distiller.methods, teacher)]),
         "weights": getattr(wrapped, "module", wrapped).weight.tolist(),
         "uniform": METHODS["afdcd"].uniform(method, batch, 3, 3).tolist(),
     }
@@ -190,6 +198,8 @@ def test_helpers_on_two_ranks(one_rank, two_ranks):
     assert first["text"] == ["", "größe 1"] and first["long text"] == [2000, 2000]
     assert first["buffers"] == [[1.5, 1.5], [2.5, 2.5]]
     assert first["weights"] == one_rank["helpers"]["weights"]
+    buckets, (student, methods, teacher) = first["buckets"]
+    assert buckets == student + methods and min(student, methods, teacher) > 0
     whole = Batch(torch.zeros(4, 3, 4, 4), torch.zeros(4, 4, 4), list("abcd"), step=7, global_size=4)
     method = SimpleNamespace(name="afdcd", setup=SimpleNamespace(seed=5))
     assert uniform == METHODS["afdcd"].uniform(method, whole, 3, 3).tolist()

@@ -1,15 +1,21 @@
 """What a training step costs on this machine, part by part, beside the plain form of each part (`scripts/plain.py`).
 
-    python -m scripts.benchmark --output results/bench_MACHINE      # hours on one CPU core, minutes on a GPU
+    python -m scripts.benchmark                                     # hours on one CPU core, minutes on a GPU
     python -m scripts.benchmark --quick --methods kd cirkd          # seconds: small shapes, one repeat
+    python -m scripts.benchmark --parts step --shapes camvid --amp bf16 --step-repeats 1 --methods kd afdcd afdcd:afdcd-projector=bottleneck
 
-For every method the loss, forward and backward, and the whole step (DeepLabV3-ResNet101 -> DeepLabV3-ResNet18); then the task loss, the
-teacher, the metric and the loader. Both forms run interleaved on the same fresh inputs after a warm-up; times are medians: process CPU time
-on one thread, or a GPU's own clock. Their results are compared in the same run. Prints the tables; writes table.md and rows.json to --output.
+Parts: of every method the loss, forward and backward, and the whole step (DeepLabV3-ResNet101 -> DeepLabV3-ResNet18); then the task loss,
+the teacher, the metric and the loader. Both forms run interleaved on the same fresh inputs after a warm-up; times are medians: process CPU
+time on one thread, or a GPU's own clock. Their results are compared in the same run. Ours gets maps, weights and pictures in the memory
+formats of a training, the plain form in NCHW, as published trainings have them. Under --amp bf16 both run in autocast.
+
+Writes table.md and rows.json to --output after every row. A command that was interrupted, or another one with the same --output, goes on
+with the rows that are there; all have to be of one machine and one commit.
 
 Peaks are bytes of tensors made inside and alive at once (a GPU: of its allocator); on a CPU scratch memory within an operation is not seen.
 Operations are those that torch's dispatcher computes, on a GPU about one kernel each; blocks are waits of the host for the device. The floor
-is what the operations' products and the bytes of inputs and gradients take at this machine's own measured rates, the larger of the two.
+is what the products, each at its own precision, and the bytes of inputs and gradients take at this machine's own best measured rates, the
+larger of the two. `of KD` is the time relative to plain KD's in the same part, shape and precision.
 """
 
 import argparse
@@ -17,12 +23,15 @@ import copy
 import gc
 import json
 import platform
+import re
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -40,11 +49,13 @@ from models import SegOutput, build_model
 from models.backbones import on_meta
 from models.fold import fold_batchnorm
 from scripts import plain
+from scripts.compare import Arm, parse_arm
 from scripts.watch import Watch
 from utils import engine, metrics
 from utils.distill import Distiller, Teacher
 from utils.optim import build_optimizers
 from utils.options import train_options
+from utils.run import commit, write_text
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,13 @@ class Shape:
     teacher: str = "resnet101"
 
 
+LAYOUTS = {"ours": torch.channels_last, "plain": torch.contiguous_format}  # of networks and pictures
+PARTS = ("task", "teacher", "metric", "loader", "loss", "step")
 SHAPES = (Shape("camvid", 11, (360, 360), 4, (360, 480)), Shape("citys", 19, (512, 1024), 2, (1024, 2048)))
 QUICK = (Shape("shapes", 5, (64, 64), 2, (64, 96), "mobilenetv3_small", "resnet18_vanilla"),)
+
+
+IN_A_ROW = 8  # samples of one measurement of the loader
 
 
 @dataclass
@@ -71,6 +87,8 @@ class Row:
     part: str
     name: str
     shape: str
+    amp: str  # "off": float32
+    repeats: int
     ms: float
     plain_ms: float | None = None
     peak: float | None = None
@@ -88,11 +106,18 @@ class Machine:
     def __init__(self, device: torch.device, quick: bool):
         self.device = device
         side, numbers = (32, 1 << 22) if quick else (128 if device.type == "cuda" else 64, 1 << 26)
-        a, b = torch.randn(1, 256, side, side, device=device), torch.randn(numbers, device=device)
-        weight = torch.randn(256, 256, 3, 3, device=device)
-        # a convolution, since on some CPUs a product of matrices reaches half of its rate
-        self.flops = 2 * a.numel() * weight[:, 0].numel() / self.median(lambda: F.conv2d(a, weight, padding=1))  # per second
-        self.bandwidth = 8 * numbers / self.median(lambda: b.add_(1))  # bytes per second: read and written
+        numbers = torch.randn(numbers, device=device)
+        self.flops = {dtype: self.products(side, dtype) for dtype in (torch.float32, torch.bfloat16)}  # per second
+        self.bandwidth = 8 * len(numbers) / self.least(lambda: numbers.add_(1))  # bytes per second: read and written
+
+    def products(self, side: int, dtype: torch.dtype) -> float:
+        """Operations per second of a 3x3 convolution, since on some CPUs a product of matrices reaches half of its rate."""
+        x, weight = (torch.randn(*size, device=self.device, dtype=dtype) for size in ((1, 256, side, side), (256, 256, 3, 3)))
+        count, times = 2 * x.numel() * weight[:, 0].numel(), []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            a, b = x.to(memory_format=layout), weight.to(memory_format=layout)
+            times.append(self.least(lambda a=a, b=b: F.conv2d(a, b, padding=1)))
+        return count / min(times)
 
     def seconds(self, function: Callable) -> tuple[float, object]:
         """(the time that it took, its result)."""
@@ -108,8 +133,8 @@ class Machine:
         result = function()
         return time.process_time() - start, result
 
-    def median(self, function: Callable, repeats: int = 5) -> float:
-        return statistics.median(self.seconds(function)[0] for _ in range(repeats + 1))
+    def least(self, function: Callable, repeats: int = 5) -> float:
+        return min(self.seconds(function)[0] for _ in range(repeats + 1))
 
     def watched(self, function: Callable) -> Watch:
         """What it does, in a run of its own; on a GPU `peak` is the allocator's."""
@@ -124,14 +149,23 @@ class Machine:
             watch.peak = torch.cuda.max_memory_allocated() - before
         return watch
 
-    def floor(self, flops: int, size: int) -> float:
-        """Milliseconds that the products, or `size` bytes, take at the measured rates."""
-        return 1000 * max(flops / self.flops, size / self.bandwidth)
+    def floor(self, flops: dict[torch.dtype, int], size: int) -> float:
+        """Milliseconds that the products of each precision, or `size` bytes, take at the measured rates."""
+        products = sum(count / self.flops.get(dtype, self.flops[torch.float32]) for dtype, count in flops.items())
+        return 1000 * max(products, size / self.bandwidth)
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else cpu_name()
 
     def plain(self) -> dict:
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else cpu_name()
-        rates = {"gflops": self.flops / 1e9, "gb_per_s": self.bandwidth / 1e9}
-        return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__} | rates
+        """What rows have to share to stand in one table, and the rates."""
+        same = {"device": self.name, "threads": torch.get_num_threads(), "torch": str(torch.__version__), "commit": commit()}
+        return same | {"gflops": {name_of(dtype): rate / 1e9 for dtype, rate in self.flops.items()}, "gb_per_s": self.bandwidth / 1e9}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def cpu_name() -> str:
@@ -161,7 +195,7 @@ def compare(machine: Machine, row: dict, forms: dict[str, Callable], inputs: Cal
     watches = {name: machine.watched(lambda run=run: run(*given)) for name, run in forms.items()}
     ours, other = watches["ours"], watches.get("plain")
     return Row(
-        **row, ms=statistics.median(times["ours"]), plain_ms=statistics.median(times["plain"]) if other else None,
+        **row, repeats=repeats, ms=statistics.median(times["ours"]), plain_ms=statistics.median(times["plain"]) if other else None,
         peak=ours.peak / 2**20, plain_peak=other.peak / 2**20 if other else None,
         value_error=max(e[0] for e in errors) if other else None, gradient_error=max(e[1] for e in errors) if other else None,
         operations=ours.operations, blocks=len(ours.blocks), floor_ms=machine.floor(ours.flops, size(given)) or None,
@@ -186,28 +220,57 @@ def bytes_of(tensors) -> int:
 class Bench:
     """The rows of one shape."""
 
-    def __init__(self, shape: Shape, machine: Machine, repeats: int, amp: str):
-        self.shape, self.machine, self.repeats, self.amp = shape, machine, repeats, amp
+    def __init__(self, shape: Shape, machine: Machine, repeats: int, step_repeats: int, amp: str):
+        self.shape, self.machine, self.repeats, self.step_repeats, self.amp = shape, machine, repeats, step_repeats, amp
         self.device = machine.device
         torch.manual_seed(0)
         # an auxiliary head, since methods read it
         self.student, self.teacher = (build_model("deeplabv3", name, shape.classes, aux=True) for name in (shape.student, shape.teacher))
+        # as trained networks have it: random ones whose BatchNorms do not fit end in huge maps, on which losses take other paths
+        self.teacher.train()
+        with torch.no_grad():
+            for norm in (module for module in self.teacher.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+                norm.momentum = 1.0
+            self.teacher(torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8), self.teacher.channels)
         self.teacher.eval()
         for module in self.student.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # its mask depends on the layout, and the two forms shall compute the same
         seen = on_meta(self.teacher, torch.zeros(1, 3, *shape.crop, device="meta"), needs=self.teacher.channels)
         self.sizes = {name: getattr(seen, name).shape[-2:] for name in self.teacher.channels}
+        self.formats = {form: {who: self.formats_of(model, LAYOUTS[form]) for who, model in (("student", self.student), ("teacher", self.teacher))}
+                        for form in LAYOUTS}  # fmt: skip
 
-    def row(self, part: str, name: str) -> dict:
+    @torch.no_grad()
+    def formats_of(self, model, layout: torch.memory_format) -> dict[str, tuple[torch.dtype, torch.memory_format]]:
+        """Type and memory format of every output of a network whose weights and pictures are in a layout, as they are seen in a pass."""
+        model = copy.deepcopy(model).eval().to(device=self.device, memory_format=layout)
+        image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device).to(memory_format=layout)
+        with self.autocast():
+            output = model(image, model.channels)
+        outputs = {name: getattr(output, name) for name in model.channels}
+        return {name: (x.dtype, torch.contiguous_format if x.is_contiguous() else torch.channels_last) for name, x in outputs.items()}
+
+    def autocast(self, dtype: torch.dtype | None = None):
+        """Of `dtype`, None: of the steps."""
+        dtype = dtype or engine.AMP[self.amp]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    @property
+    def shape_name(self) -> str:
         height, width = self.shape.crop
-        return {"part": part, "name": name, "shape": f"{self.shape.dataset} {self.shape.batch}x{height}x{width}"}
+        return f"{self.shape.dataset} {self.shape.batch}x{height}x{width}"
 
-    def options(self, name: str):
+    def row(self, part: str, name: str, amp: str = "off") -> dict:
+        return {"part": part, "name": name, "shape": self.shape_name, "amp": amp}
+
+    def options(self, arm: Arm):
         height, width = map(str, self.shape.crop)
         data = [] if self.shape.dataset == "shapes" else ["--data", "unused"]
-        given = ["--method", name, "--dataset", self.shape.dataset, *data, "--crop-size", height, width, "--save-dir", "unused"]
+        given = ["--method", *arm.methods, "--dataset", self.shape.dataset, *data, "--crop-size", height, width, "--save-dir", "unused"]
         given += ["--batch-size", str(self.shape.batch), "--amp", self.amp, "--max-iterations", "100"]
+        given += ["--lr", "1e-6"]  # the student stays what it is, and all repeats measure the same
+        given += [text for flag, value in arm.flags.items() for text in (f"--{flag}", value)]
         return train_options(given, distil=True, description="")
 
     def methods(self, options):
@@ -222,58 +285,63 @@ class Bench:
         target = F.interpolate(scores, size=shape.crop, mode="bilinear").argmax(1).to(torch.uint8)
         target[torch.rand(target.shape, generator=generator) < 0.1] = 255
         image = torch.randint(0, 256, (shape.batch, 3, *shape.crop), generator=generator, dtype=torch.uint8)
+        image = image.contiguous(memory_format=LAYOUTS["ours"])  # as `collate` stacks them
         batch = Batch(image, target, [str(k) for k in range(shape.batch)]).to(self.device)
         batch.step, batch.progress, batch.offset, batch.global_size = number, number / 100, 0, shape.batch
         batch.valid = (batch.target != 255).sum().double().clamp(min=1)
         return batch
 
-    def maps(self, number: int, needs, model) -> dict[str, Tensor]:
-        """Random outputs of a network, positive where a ReLU ends them."""
-        generator = torch.Generator().manual_seed(number)
+    def maps(self, number: int, needs, who: str, form: str) -> dict[str, Tensor]:
+        """Random outputs of a network, positive where a ReLU ends them, in type and memory format of the form's training."""
+        generator, channels = torch.Generator().manual_seed(number), getattr(self, who).channels
         maps = {}
         for name in needs:
-            x = torch.randn(self.shape.batch, model.channels[name], *self.sizes[name], generator=generator)
-            maps[name] = (x.relu() if name[0] in "hc" else 3 * x if name in ("logits", "aux") else x).to(self.device)
+            dtype, layout = self.formats[form][who][name]
+            x = torch.randn(self.shape.batch, channels[name], *self.sizes[name], generator=generator)
+            x = x.relu() if name[0] in "hc" else 3 * x if name in ("logits", "aux") else x
+            maps[name] = x.to(device=self.device, dtype=dtype, memory_format=layout)
         return maps
 
-    def loss(self, name: str) -> Row:
+    def loss(self, arm: Arm) -> Row:
         """A method alone on random outputs of both networks, forward and backward."""
-        method = self.methods(self.options(name))[name].to(self.device)
-        other = copy.deepcopy(method)  # class queues change with every batch
+        (name,) = arm.methods
+        method = self.methods(self.options(arm))[name].to(device=self.device)
+        methods = {"ours": method, "plain": copy.deepcopy(method)}  # class queues change with every batch
 
-        def run(method, context, number):
-            batch = self.batch(number)
-            student = {key: x.requires_grad_() for key, x in self.maps(number, method.needs, self.student).items()}
-            teacher = self.maps(1000 + number, method.needs, self.teacher)
+        def prepared(form, number):
+            method, context, batch = methods[form], plain.forms if form == "plain" else nullcontext, self.batch(number)
+            student = {key: x.requires_grad_() for key, x in self.maps(number, method.needs, "student", form).items()}
+            teacher = self.maps(1000 + number, method.needs, "teacher", form)
             leaves = [*student.values(), *(p for p in method.parameters() if p.requires_grad)]
 
-            def step():
-                with context():
+            def run():
+                with context(), self.autocast():
                     terms = method(SegOutput(**student), SegOutput(**teacher), batch)
                     total = sum(method.weights[term] * value for term, value in terms.items())
-                    return total.detach(), torch.autograd.grad(total, leaves, allow_unused=True)
+                return total.detach(), torch.autograd.grad(total, leaves, allow_unused=True)
 
-            return step
-
-        def inputs(number):
-            return run(method, nullcontext, number), run(other, plain.forms, number)
+            return run
 
         def error(ours, theirs):
             pairs = [(a, b) for a, b in zip(ours[1], theirs[1], strict=True) if a is not None and b is not None]
             flat = [torch.cat([pair[side].flatten().float() for pair in pairs]) for side in (0, 1)]
             return relative(ours[0], theirs[0]), relative(*flat)
 
-        forms = {"ours": lambda step, _: step()} | ({"plain": lambda _, step: step()} if name in plain.METHODS else {})
-        size = bytes_of(self.maps(0, method.needs, self.teacher).values()) + 2 * bytes_of(self.maps(0, method.needs, self.student).values())
-        return compare(self.machine, self.row("loss", name), forms, inputs, self.repeats, error, lambda given: size)
+        names = ["ours", *(["plain"] if name in plain.METHODS else [])]
+        forms = {form: lambda given, form=form: given[form]() for form in names}
+        student, teacher = (self.maps(0, method.needs, who, "ours").values() for who in ("student", "teacher"))
+        size = bytes_of(teacher) + 2 * bytes_of(student)
+        return compare(self.machine, self.row("loss", arm.name, self.amp), forms,
+                       lambda number: ({form: prepared(form, number) for form in names},), self.repeats, error, lambda given: size)  # fmt: skip
 
-    def step(self, name: str) -> Row:
+    def step(self, arm: Arm) -> Row:
         """A whole step of `train_step`; its plain form has the teacher as it was trained, NCHW, and every plain form."""
-        options, trainings = self.options(name), {}
-        for form in ("ours", "plain"):
-            layout = torch.channels_last if form == "ours" else torch.contiguous_format
+        options, trainings = self.options(arm), {}
+        for form, layout in LAYOUTS.items():
             torch.manual_seed(0)
-            distiller = Distiller(copy.deepcopy(self.student), TaskLoss(0.4), self.methods(options)).to(device=self.device, memory_format=layout)
+            distiller = Distiller(copy.deepcopy(self.student), TaskLoss(0.4), self.methods(options)).to(self.device)
+            if form == "ours":
+                distiller.arrange(layout)
             teacher = fold_batchnorm(self.teacher, distiller.teacher_needs)[0] if form == "ours" else copy.deepcopy(self.teacher)
             teacher = Teacher(teacher.to(device=self.device, memory_format=layout), distiller.teacher_needs,
                               dtype=engine.AMP[self.amp] if form == "ours" else None)  # fmt: skip
@@ -282,21 +350,25 @@ class Bench:
         def run(form, context):
             training, distiller, teacher = trainings[form]
 
-            def step(batch):
+            def step(batches):
                 with context():
-                    engine.train_step(training, distiller, teacher, [batch], training.record)
+                    engine.train_step(training, distiller, teacher, [batches[form]], training.record)
                 return training.record.rows[-1]
 
             return step
+
+        def inputs(number):
+            batch = self.batch(number)
+            return ({"ours": batch, "plain": replace(batch, image=batch.image.contiguous())},)
 
         def error(ours, theirs):  # the first step alone begins with equal weights
             first = [trainings[form][0].record.rows[0] for form in ("ours", "plain")]
             return relative(first[0][0], first[1][0]), relative(first[0][-1], first[1][-1])
 
         forms = {"ours": run("ours", nullcontext), "plain": run("plain", plain.forms)}
-        return compare(self.machine, self.row("step", name), forms, lambda number: (self.batch(number),), max(1, self.repeats // 3), error)
+        return compare(self.machine, self.row("step", arm.name, self.amp), forms, inputs, self.step_repeats, error)
 
-    def task(self) -> Row:
+    def task(self) -> list[Row]:
         """Cross-entropy with the upsampling, forward and backward."""
 
         def run(function, logits, batch):
@@ -305,21 +377,24 @@ class Bench:
             return value.detach(), torch.autograd.grad(value, logits)[0]
 
         def inputs(number):
-            return self.maps(number, ["logits"], self.student)["logits"], self.batch(number)
+            return {form: self.maps(number, ["logits"], "student", form)["logits"].float() for form in LAYOUTS}, self.batch(number)
 
-        forms = {"ours": lambda *given: run(cross_entropy, *given), "plain": lambda *given: run(plain.cross_entropy, *given)}
-        return compare(
-            self.machine, self.row("part", "cross-entropy"), forms, inputs, self.repeats,
-            lambda a, b: (relative(a[0], b[0]), relative(a[1], b[1])), lambda given: 2 * bytes_of([given[0]]) + given[1].target.numel(),
-        )  # fmt: skip
+        forms = {
+            "ours": lambda logits, batch: run(cross_entropy, logits["ours"], batch),
+            "plain": lambda logits, batch: run(plain.cross_entropy, logits["plain"], batch),
+        }
+        return [compare(
+            self.machine, self.row("task", "cross-entropy"), forms, inputs, self.repeats, lambda a, b: (relative(a[0], b[0]), relative(a[1], b[1])),
+            lambda given: 2 * bytes_of([given[0]["ours"]]) + given[1].target.numel(),
+        )]  # fmt: skip
 
-    def teachers(self) -> list[Row]:
+    def teacher_forms(self) -> list[Row]:
         """The frozen teacher, exact and in bfloat16, against the network as it was trained; the gradient error is the share of classes
         that differ."""
         needs, rows = ("logits", "head"), []
         folded = fold_batchnorm(self.teacher, needs)[0]
         other = copy.deepcopy(self.teacher).to(self.device)
-        for name, dtype in (("teacher", None), ("teacher bf16", torch.bfloat16)):
+        for name, dtype in (("exact", None), ("bf16", torch.bfloat16)):
             ours = Teacher(copy.deepcopy(folded).to(device=self.device, memory_format=torch.channels_last), needs, dtype=dtype)
 
             def run(batch, ours=ours, dtype=dtype):
@@ -328,11 +403,11 @@ class Bench:
 
             def as_trained(batch):
                 with torch.no_grad():
-                    return other(batch.image, needs).logits
+                    return other(batch.image.contiguous(), needs).logits
 
-            forms, repeats = {"ours": run, "plain": as_trained}, max(1, self.repeats // 3)
+            forms = {"ours": run, "plain": as_trained}
             rows.append(compare(
-                self.machine, self.row("part", name), forms, lambda number: (self.batch(number),), repeats,
+                self.machine, self.row("teacher", name, "bf16" if dtype else "off"), forms, lambda number: (self.batch(number),), self.step_repeats,
                 lambda a, b: (relative(a, b), differ(a.argmax(1), b.argmax(1))[1]),
             ))  # fmt: skip
         return rows
@@ -342,24 +417,26 @@ class Bench:
         classes, size = self.shape.classes, self.shape.crop
 
         def inputs(number):
-            logits, target = self.maps(number, ["logits"], self.student)["logits"][:1], self.batch(number).target[:1]
-            return logits, metrics.upsampled(logits, size), target
+            logits = {form: self.maps(number, ["logits"], "student", form)["logits"][:1].float() for form in LAYOUTS}
+            scores = {form: metrics.upsampled(map, size).contiguous(memory_format=LAYOUTS[form]) for form, map in logits.items()}
+            return logits, scores, self.batch(number).target[:1]
 
         forms = {
-            "metric": (lambda _, scores, target: metrics.confusion(metrics.class_of(scores), target, classes),
-                       lambda _, scores, target: plain.confusion(scores.argmax(1), target, classes)),
-            "metric and upsampling": (lambda logits, _, target: metrics.confusion(metrics.labels_at(logits, size), target, classes),
-                                      lambda logits, _, target: plain.confusion(plain.labels_at(logits, size), target, classes)),
+            "counts": (lambda _, scores, target: metrics.confusion(metrics.class_of(scores["ours"]), target, classes),
+                       lambda _, scores, target: plain.confusion(scores["plain"].argmax(1), target, classes)),
+            "counts and upsampling": (lambda logits, _, target: metrics.confusion(metrics.labels_at(logits["ours"], size), target, classes),
+                                      lambda logits, _, target: plain.confusion(plain.labels_at(logits["plain"], size), target, classes)),
         }  # fmt: skip
         return [
-            compare(self.machine, self.row("part", name), {"ours": ours, "plain": other}, inputs, self.repeats, differ,
-                    lambda given, name=name: bytes_of([given["and" not in name], given[2]]))
+            compare(self.machine, self.row("metric", name), {"ours": ours, "plain": other}, inputs, self.repeats, differ,
+                    lambda given, name=name: bytes_of([given["and" not in name]["ours"], given[2]]))
             for name, (ours, other) in forms.items()
         ]  # fmt: skip
 
-    def loaders(self) -> list[Row]:
+    def loader(self) -> list[Row]:
         """A training sample from a PNG of the data set's size to the arrays that are sent to the device, on the host; and decoding alone,
-        and from decoded pictures. The gradient error is the share of labels that differ, the value error that of the picture."""
+        and from decoded pictures. Timed over IN_A_ROW samples, one after the other as a loader makes them. The gradient error is the share
+        of labels that differ, the value error that of the picture."""
         rows, augment = [], Augment(self.shape.crop)
         with tempfile.TemporaryDirectory() as folder:
             for kind in ("train", "trainannot"):
@@ -381,7 +458,14 @@ class Bench:
                 image, label = pictures.items[index].files()
                 return read_image(image), read_label(label)
 
+            def in_a_row(form):
+                return lambda first: [form(number % 4, number) for number in range(first, first + IN_A_ROW)]
+
             def error(ours, theirs):
+                errors = [error_of(*pair) for pair in zip(ours, theirs, strict=True)]
+                return max(error[0] for error in errors), max(error[1] for error in errors)
+
+            def error_of(ours, theirs):
                 picture = ours.image.astype(np.float32) - np.float32(PAD_COLOUR)
                 picture, target, other, labels = map(torch.from_numpy, (picture.transpose(2, 0, 1), ours.target, *theirs))
                 return relative(picture, other), differ(target, labels)[1]
@@ -389,9 +473,9 @@ class Bench:
             host = copy.copy(self.machine)
             host.device = torch.device("cpu")
             for name, form in (("sample", load(pictures)), ("sample, cached", load(kept)), ("decoding alone", decode)):
-                forms = {"ours": form} | ({"plain": as_published} if form is not decode else {})
-                repeats = 4 * self.repeats
-                row = compare(host, self.row("part", name), forms, lambda number: (number % 4, number), repeats, error)
+                forms = {"ours": in_a_row(form)} | ({"plain": in_a_row(as_published)} if form is not decode else {})
+                row = compare(host, self.row("loader", name), forms, lambda number: (IN_A_ROW * number,), self.repeats, error)
+                row.ms, row.plain_ms = row.ms / IN_A_ROW, row.plain_ms and row.plain_ms / IN_A_ROW
                 row.peak = row.plain_peak = row.operations = row.blocks = None  # arrays, of which torch knows nothing
                 rows.append(row)
         return rows
@@ -407,17 +491,21 @@ def paint(image: Path, label: Path, size: tuple[int, int], seed: int) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """A markdown table; `of KD` is the time relative to that of plain KD in the same part and shape."""
-    head = ["part", "name", "shape", "ms", "plain ms", "ratio", "peak MiB", "plain", "value error", "gradient error",
-            "operations", "blocks", "floor ms", "of KD"]  # fmt: skip
+    """A markdown table. `of KD` is the time relative to that of plain KD in the same part, shape and precision; `from fp32` the plain form's
+    time in float32 relative to ours in half precision, where the table has both."""
+    head = ["part", "name", "shape", "amp", "repeats", "ms", "plain ms", "ratio", "from fp32", "peak MiB", "plain", "ratio", "from fp32", "of KD",
+            "value error", "gradient error", "operations", "blocks", "floor ms"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    of_kd = {(row.part, row.shape): row.ms for row in rows if row.name == "kd"}
+    known = {(row.part, row.name, row.shape, row.amp): row for row in rows}
     for row in rows:
-        base = of_kd.get((row.part, row.shape)) if row.part != "part" else None
+        kd = known.get((row.part, "kd", row.shape, row.amp))
+        full = known.get((row.part, row.name, row.shape, "off")) if row.amp != "off" else None
         cells = [
-            row.part, row.name, row.shape, shown(row.ms, ".1f"), shown(row.plain_ms, ".1f"), shown(row.plain_ms and row.plain_ms / row.ms, ".2f"),
-            shown(row.peak, ".1f"), shown(row.plain_peak, ".1f"), shown(row.value_error, ".0e"), shown(row.gradient_error, ".0e"),
-            shown(row.operations, "d"), shown(row.blocks, "d"), shown(row.floor_ms, ".1f"), shown(base and row.ms / base, ".2f"),
+            row.part, row.name, row.shape, row.amp, str(row.repeats), shown(row.ms, ".1f"), shown(row.plain_ms, ".1f"),
+            ratio(row.plain_ms, row.ms), ratio(full and full.plain_ms, row.ms), shown(row.peak, ".1f"), shown(row.plain_peak, ".1f"),
+            ratio(row.plain_peak, row.peak), ratio(full and full.plain_peak, row.peak), ratio(row.ms, kd and kd.ms),
+            shown(row.value_error, ".0e"), shown(row.gradient_error, ".0e"), shown(row.operations, "d"), shown(row.blocks, "d"),
+            shown(row.floor_ms, ".1f"),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -427,60 +515,157 @@ def shown(value, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def ratio(above: float | None, below: float | None) -> str:
+    return f"{above / below:.2f}" if above is not None and below else "-"
+
+
+class Results:
+    """The rows in a folder, written after each one; those of an interrupted run, and of other commands, are gone on with.
+
+    Raises:
+        ValueError: the folder's rows were made on another machine or with other code.
+    """
+
+    def __init__(self, folder: str | None, machine: Machine, command: str):
+        self.folder, self.about = folder and Path(folder), machine.plain()
+        self.rows: list[Row] = []
+        if self.folder is None:
+            return
+        file = self.folder / "rows.json"
+        if file.exists():
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                self.rows = [Row(**row) for row in content.pop("rows")]
+                commands = content["commands"]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{file} is not a file of this benchmark; choose another --output") from None
+            for key in ("device", "threads", "torch", "commit"):
+                if content.get(key) != self.about[key]:
+                    raise ValueError(f"{file} has rows of {key} {content.get(key)}, this is {self.about[key]}; choose another --output")
+            if not same_code(self.about["commit"]):
+                raise ValueError(f"{file} has rows of files that differ from their commit ({self.about['commit']}): it cannot be told whether they "
+                                 f"are still the same; choose another --output, or commit")  # fmt: skip
+            self.about = content
+            machine.flops = {dtype: 1e9 * content["gflops"][name_of(dtype)] for dtype in machine.flops}
+            machine.bandwidth = 1e9 * content["gb_per_s"]
+            self.about["commands"] = [*commands, *([command] if command not in commands else [])]
+        else:
+            self.about["commands"] = [command]
+
+    def has(self, part: str, name: str | None, shape: str, amp: str | None) -> bool:
+        """Whether a row is there; with None for the name and the precision, any of the part and the shape."""
+        return any((row.part, row.shape) == (part, shape) and name in (None, row.name) and amp in (None, row.amp) for row in self.rows)
+
+    def add(self, *new: Row) -> None:
+        self.rows.extend(new)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "rows.json", json.dumps(self.about | {"rows": [asdict(row) for row in self.rows]}, indent=1) + "\n")
+            write_text(self.folder / "table.md", self.text)
+
+    @property
+    def text(self) -> str:
+        about = self.about
+        rates = ", ".join(f"{rate:.0f} GFLOP/s in {name}" for name, rate in about["gflops"].items())
+        head = f"{about['device']}, {about['threads']} thread, torch {about['torch']}, commit {about['commit']}; measured {rates} and " \
+               f"{about['gb_per_s']:.0f} GB/s"  # fmt: skip
+        commands = "".join(f"    {command}\n" for command in about.get("commands", ()))
+        return f"{head}\n\n{commands}\n{table(self.rows)}\n"
+
+
+def same_code(commit: str) -> bool:
+    """Whether a commit says what code ran."""
+    return commit != "unknown" and not commit.endswith("-dirty")
+
+
 def parse(argv=None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m scripts.benchmark", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    names = tuple(shape.dataset for shape in SHAPES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes, one repeat")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="some methods alone (default: all); kd comes with them")
-    parser.add_argument("--parts", nargs="+", choices=("loss", "step", "part"), default=("loss", "step", "part"), help="what to measure")
-    parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="of the steps, in both forms")
-    parser.add_argument("--repeats", type=int, default=9, help="of a loss; a step has a third (default: 9)")
-    parser.add_argument("--output", help="folder for table.md and rows.json")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--shapes", nargs="+", choices=names, help="crop and batch of these data sets (default: all)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD[:flag=value,...]", help="some methods alone, with flags of train_kd.py "
+                        "(default: all); kd comes with them")  # fmt: skip
+    parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="of losses and steps, in both forms")
+    parser.add_argument("--repeats", type=int, help="after the warm-up (default: 9)")
+    parser.add_argument("--step-repeats", type=int, help="of steps and teachers (default: a third of --repeats)")
+    parser.add_argument("--output", help="folder of table.md and rows.json (default: results/bench_MACHINE; with --quick none)")
     options = parser.parse_args(argv)
-    for name in options.methods or ():
-        if name not in METHODS:
-            parser.exit(2, f"error: --methods {name}: there is no such method; possible: {', '.join(METHODS)}\n")
-    if options.repeats < 1:
-        parser.exit(2, f"error: --repeats {options.repeats}: must be at least 1\n")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.exit(2, "error: --device cuda: no GPU is visible to torch; pass --device cpu\n")
+    try:
+        check(options)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
     return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Fill in what depends on other options; ValueError where they do not fit."""
+    for flag in ("shapes", "repeats", "step_repeats"):
+        if options.quick and getattr(options, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')}: --quick has its own; drop one of them")
+    if options.methods and not {"loss", "step"} & set(options.parts):
+        raise ValueError(f"--methods: --parts {' '.join(options.parts)} has no method in it; drop it, or add loss or step")
+    options.repeats = 1 if options.quick else 9 if options.repeats is None else options.repeats
+    options.step_repeats = max(1, options.repeats // 3) if options.step_repeats is None else options.step_repeats
+    for flag in ("repeats", "step_repeats"):
+        if getattr(options, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is visible to torch; pass --device cpu")
+    arms = [parse_arm(token) for token in options.methods or METHODS]
+    for arm in arms:
+        if len(arm.methods) != 1 or arm.seed_offset:
+            raise ValueError(f"--methods {arm.name}: one method at a time, METHOD[:flag=value,...]")
+    if not any(arm.name == "kd" for arm in arms):
+        arms.insert(0, parse_arm("kd"))
+    options.arms = list({arm.name: arm for arm in arms}.values())
+    options.shapes = QUICK if options.quick else [shape for shape in SHAPES if shape.dataset in (options.shapes or [shape.dataset])]
 
 
 def main(argv=None) -> None:
     options = parse(argv)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    start = time.monotonic()
     machine = Machine(torch.device(options.device), options.quick)
-    names = [name for name in METHODS if not options.methods or name in (*options.methods, "kd")]
-    rows: list[Row] = []
+    folder = options.output
+    if folder is None and not options.quick:
+        folder = Path(metrics.__file__).parent.parent / "results" / ("bench_" + re.sub(r"\W+", "_", machine.name).strip("_").lower())
+    try:
+        results = Results(folder, machine, shlex.join(["python", "-m", "scripts.benchmark", *(sys.argv[1:] if argv is None else argv)]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    of_methods = [part for part in PARTS if part in options.parts and part in ("loss", "step")]
+    others = [part for part in PARTS if part in options.parts and part not in of_methods]
+    total = len(options.shapes) * (len(others) + len(of_methods) * len(options.arms))
+    done = 0
 
-    def add(*new: Row) -> None:
-        rows.extend(new)
-        for row in new:
-            print(table([row]).splitlines()[-1], flush=True)
+    def measured(bench, part, arm=None):
+        """The rows of a part, of a method where there is one, unless they are there; a line of how far it is."""
+        nonlocal done
+        done += 1
+        there = results.has(part, arm.name if arm else None, bench.shape_name, options.amp if arm else None)
+        if not there:
+            new = getattr(bench, {"teacher": "teacher_forms"}.get(part, part))(*([arm] if arm else []))
+            new = [new] if arm else new
+            results.add(*new)
+            print("\n".join(table(results.rows).splitlines()[-len(new):]), flush=True)
+        seconds = int(time.monotonic() - start)
+        print(f"{done} of {total}: {part}{f' {arm.name}' if arm else ''}, {bench.shape_name}, {'there already' if there else 'done'} after "
+              f"{seconds // 60}:{seconds % 60:02d}", file=sys.stderr, flush=True)  # fmt: skip
 
-    print("\n".join(table([]).splitlines()))
-    for shape in QUICK if options.quick else SHAPES:
-        bench = Bench(shape, machine, 1 if options.quick else options.repeats, options.amp)
-        if "part" in options.parts:
-            add(bench.task())
-            add(*bench.teachers())
-            add(*bench.metric())
-            add(*bench.loaders())
-        for part in ("loss", "step"):
-            for name in names if part in options.parts else ():
-                add(getattr(bench, part)(name))
-    about = machine.plain() | {"amp": options.amp}
-    text = f"{about['device']}, {about['threads']} thread, torch {about['torch']}, amp {about['amp']}; measured " \
-           f"{about['gflops']:.0f} GFLOP/s and {about['gb_per_s']:.0f} GB/s in float32\n\n{table(rows)}\n"  # fmt: skip
-    print(f"\n{text}")
-    if options.output:
-        folder = Path(options.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(text, encoding="utf-8")
-        (folder / "rows.json").write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
+    print(table([]))
+    for shape in options.shapes:
+        bench = Bench(shape, machine, options.repeats, options.step_repeats, options.amp)
+        for part in others:
+            measured(bench, part)
+        for part in of_methods:
+            for arm in options.arms:
+                measured(bench, part, arm)
+    print(f"\n{results.text}")
 
 
 if __name__ == "__main__":

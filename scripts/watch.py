@@ -2,6 +2,7 @@
 
 import sys
 import weakref
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,12 +24,12 @@ class Watch(TorchDispatchMode):
         on a GPU alone.
     peak: largest sum of bytes of the tensors that were made inside and alive at once. Scratch memory within an operation, and what
         compiled code allocates, is not seen.
-    flops: of products and convolutions, two per multiply-add.
+    flops: of products and convolutions, two per multiply-add, by the type that they are computed in.
     """
 
     def __init__(self):
         super().__init__()
-        self.operations, self.blocks, self.peak, self.live, self.flops = 0, [], 0, 0, 0
+        self.operations, self.blocks, self.peak, self.live, self.flops = 0, [], 0, 0, Counter()
         self.known = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
@@ -38,9 +39,10 @@ class Watch(TorchDispatchMode):
         given = {storage_key(leaf) for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)}
         result = function(*arguments, **(keywords or {}))
         if name == "_linear_pointwise":  # oneDNN's product, which torch does not count
-            self.flops += 2 * arguments[0].numel() * len(arguments[1])
+            self.flops[arguments[0].dtype] += 2 * arguments[0].numel() * len(arguments[1])
         elif (count := flop_registry.get(function._overloadpacket)) is not None:
-            self.flops += count(*arguments, **(keywords or {}), out_val=result)
+            computed_in = next(leaf.dtype for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+            self.flops[computed_in] += count(*arguments, **(keywords or {}), out_val=result)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in function._schema.arguments)
         self.operations += writes or any(storage_key(tensor) not in given for tensor in made)

@@ -2,15 +2,17 @@
 
 import gc
 import json
+import shlex
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import cirkd, icsd, ifvd, skd, task
+from losses import METHODS, cirkd, icsd, ifvd, skd, task
 from losses.memory import Queue, class_means, class_pixels
 from scripts import benchmark, plain
+from scripts.compare import parse_arm
 from scripts.watch import Watch
 from utils import metrics
 
@@ -165,34 +167,113 @@ def test_watch_counts_operations_reads_and_memory():
             z.sum().item()
             z[z > 0]
             torch.ones(3, 4) @ torch.ones(4, 5)
+            torch.ones(3, 4, dtype=torch.bfloat16) @ torch.ones(4, 2, dtype=torch.bfloat16)
         assert len(watch.blocks) == 2 and watch.blocks[0] == "tests/test_benchmark.py:test_watch_counts_operations_reads_and_memory"
-        assert watch.flops == 2 * 3 * 4 * 5
+        assert watch.flops == {torch.float32: 2 * 3 * 4 * 5, torch.bfloat16: 2 * 3 * 4 * 2}
     finally:
         gc.enable()
 
 
-def test_rows_of_the_benchmark(tmp_path, capsys):
-    benchmark.main(["--quick", "--methods", "ifvd", "--output", str(tmp_path)])
-    content = json.loads((tmp_path / "rows.json").read_text())
-    rows = {(row["part"], row["name"]): row for row in content["rows"]}
-    parts = ["cross-entropy", "teacher", "teacher bf16", "metric", "metric and upsampling", "sample", "sample, cached", "decoding alone"]
-    assert list(rows) == [("part", name) for name in parts] + [(part, name) for part in ("loss", "step") for name in ("ifvd", "kd")]
-    assert content["gflops"] > 0 and content["gb_per_s"] > 0 and content["threads"] == 1
-    exact = [row for key, row in rows.items() if row["plain_ms"] is not None and key[1] != "teacher bf16"]
+def rows_of(folder) -> dict:
+    return {(row["part"], row["name"], row["amp"]): row for row in json.loads((folder / "rows.json").read_text())["rows"]}
+
+
+def test_rows_of_the_benchmark(tmp_path, capsys, monkeypatch):
+    """Half of the command is run, then the same folder gone on with in another precision."""
+    monkeypatch.setattr(benchmark, "commit", lambda: "1234")
+    first = ["--quick", "--methods", "icsd", "--output", str(tmp_path)]
+    benchmark.main(first)
+    content, rows = json.loads((tmp_path / "rows.json").read_text()), rows_of(tmp_path)
+    parts = [("task", "cross-entropy"), ("teacher", "exact"), ("metric", "counts"), ("metric", "counts and upsampling"),
+             ("loader", "sample"), ("loader", "sample, cached"), ("loader", "decoding alone")]  # fmt: skip
+    methods = [(part, name) for part in ("loss", "step") for name in ("kd", "icsd")]
+    assert sorted(rows) == sorted([(*key, "off") for key in parts + methods] + [("teacher", "bf16", "bf16")])
+    assert content["gflops"].keys() == {"float32", "bfloat16"} and min(content["gflops"].values()) > 0 and content["gb_per_s"] > 0
+    assert content["threads"] == 1 and content["commit"] == "1234" and content["torch"] == torch.__version__
+    assert content["commands"] == [shlex.join(["python", "-m", "scripts.benchmark", *first])]
+    exact = [row for row in rows.values() if row["plain_ms"] is not None and row["amp"] == "off"]
     assert len(exact) == 9
     for row in exact:
         assert row["value_error"] < 1e-5 and row["gradient_error"] < (1e-2 if row["part"] == "step" else 1e-5), row
-    for key in (("part", "metric"), ("part", "sample"), ("part", "sample, cached")):
-        assert (rows[key]["value_error"], rows[key]["gradient_error"]) == (0, 0), key
-    assert rows["part", "teacher bf16"]["value_error"] < 0.05
-    assert all(row["blocks"] == 0 for key, row in rows.items() if row["blocks"] is not None)
-    assert rows["loss", "ifvd"]["peak"] > 0 and rows["step", "kd"]["operations"] > rows["loss", "kd"]["operations"] > 5
-    printed = capsys.readouterr().out
-    assert (tmp_path / "table.md").read_text() in printed and "| loss | kd | shapes 2x64x64 |" in printed
+    for key in (("metric", "counts"), ("loader", "sample"), ("loader", "sample, cached")):
+        assert (rows[*key, "off"]["value_error"], rows[*key, "off"]["gradient_error"]) == (0, 0), key
+    assert rows["teacher", "bf16", "bf16"]["value_error"] < 0.05
+    assert all(row["blocks"] == 0 for row in rows.values() if row["blocks"] is not None)
+    steps = {name: rows["step", name, "off"] for name in ("kd", "icsd")}
+    assert rows["loss", "icsd", "off"]["peak"] > 0 and steps["icsd"]["operations"] > steps["kd"]["operations"] > 5
+    # the same product, priced at the rate of its own precision
+    rates = content["gflops"]
+    teacher = [rows["teacher", name, amp]["floor_ms"] for name, amp in (("exact", "off"), ("bf16", "bf16"))]
+    assert teacher[0] / teacher[1] == pytest.approx(rates["bfloat16"] / rates["float32"], rel=0.05)
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+
+    benchmark.main(["--quick", "--parts", "task", "step", "--methods", "kd", "--amp", "bf16", "--output", str(tmp_path)])
+    found = rows_of(tmp_path)
+    assert found.keys() - rows.keys() == {("step", "kd", "bf16")} and all(found[key] == row for key, row in rows.items())
+    assert found["step", "kd", "bf16"]["value_error"] < 0.05
+    printed = capsys.readouterr()
+    assert "1 of 2: task, shapes 2x64x64, there already" in printed.err and "2 of 2: step kd, shapes 2x64x64, done after " in printed.err
+    line = next(line for line in printed.out.splitlines() if line.startswith("| step | kd | shapes 2x64x64 | bf16 |"))
+    cells = dict(zip(table_head(), (cell.strip() for cell in line.strip("|").split("|")), strict=True))
+    assert float(cells["from fp32"]) == pytest.approx(steps["kd"]["plain_ms"] / found["step", "kd", "bf16"]["ms"], abs=0.006)
+    assert cells["of KD"] == "1.00"
+
+
+def table_head() -> list[str]:
+    """Columns by name; of two that are called alike, of times and of memory, the second one gets a prime."""
+    names = []
+    for name in (cell.strip() for cell in benchmark.table([]).splitlines()[0].strip("|").split("|")):
+        names.append(f"{name}'" if name in names else name)
+    return names
+
+
+def test_rows_of_other_code_are_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    given = ["--quick", "--parts", "metric", "--output", str(tmp_path)]
+    monkeypatch.setattr(benchmark, "commit", lambda: "1234-dirty")
+    benchmark.main(given)
+    kept = (tmp_path / "rows.json").read_bytes()
+    for commit, told in (("1234-dirty", "differ from their commit"), ("5678", "has rows of commit 1234-dirty, this is 5678; choose another")):
+        monkeypatch.setattr(benchmark, "commit", lambda commit=commit: commit)
+        with pytest.raises(SystemExit) as stopped:
+            benchmark.main(given)
+        assert stopped.value.code == 2 and told in capsys.readouterr().err
+    assert (tmp_path / "rows.json").read_bytes() == kept
+    (tmp_path / "rows.json").write_text('{"rows": [{"part": 1}]}')
+    with pytest.raises(SystemExit):
+        benchmark.main(given)
+    assert "is not a file of this benchmark" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("amp,dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
+def test_maps_and_weights_of_a_loss_are_those_of_a_step(monkeypatch, amp, dtype):
+    """Types and memory formats of what the method is given and of its weights, in our form and in the plain one."""
+    seen, forward = [], METHODS["afdcd"].forward
+
+    def layout(x):
+        return x.dtype, "NCHW" if x.is_contiguous() else "NHWC" if x.is_contiguous(memory_format=torch.channels_last) else "neither"
+
+    def look(self, student, teacher, batch):
+        maps = [layout(getattr(output, name)) for output in (student, teacher) for name in ("logits", "c4")]
+        seen.append((*maps, *(layout(p) for p in self.parameters() if p.ndim == 4 and p.shape[-1] > 1)))
+        return forward(self, student, teacher, batch)
+
+    monkeypatch.setattr(METHODS["afdcd"], "forward", look)
+    bench = benchmark.Bench(benchmark.QUICK[0], benchmark.Machine(torch.device("cpu"), quick=True), 1, 1, amp)
+    arm = parse_arm("afdcd:afdcd-projector=bottleneck")
+    bench.loss(arm)
+    alone = set(seen)
+    seen.clear()
+    bench.step(arm)
+    assert alone == set(seen) and len(alone) == 2
+    ours, other = sorted(alone, key=lambda found: found[1][1] == "NCHW")
+    assert ours[1] == ours[3] == (dtype, "NHWC") and other[1] == other[3] == (dtype, "NCHW") and other[4:] == 2 * ((torch.float32, "NCHW"),)
 
 
 @pytest.mark.parametrize("given,told", [
-    (["--methods", "nope"], "--methods nope: there is no such method; possible: "), (["--repeats", "0"], "--repeats 0: must be at least 1"),
+    (["--methods", "nope"], "--methods nope: there is no method 'nope'; possible: "), (["--repeats", "0"], "--repeats 0: must be at least 1"),
+    (["--step-repeats", "0"], "--step-repeats 0: must be at least 1"), (["--quick", "--repeats", "3"], "--repeats: --quick has its own"),
+    (["--quick", "--shapes", "citys"], "--shapes: --quick has its own"), (["--methods", "kd+cwd"], "kd+cwd: one method at a time"),
+    (["--methods", "none"], "none: one method at a time"), (["--methods", "kd", "--parts", "task"], "--methods: --parts task has no method in it"),
 ])  # fmt: skip
 def test_refusals(given, told, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -101,6 +101,10 @@ class Distiller(nn.Module):
         self.needs = ordered([*task.needs, *self.teacher_needs])
         self.compiled = None if compile == "off" else compiled(student, compile)  # the module itself must not be registered twice
 
+    def arrange(self, layout: torch.memory_format) -> None:
+        """Put the weights into the memory format of a training: the student's into `layout`."""
+        self.student.to(memory_format=layout)
+
     def run_student(self, image: Tensor):
         """The student's SegOutput of what methods and task loss read."""
         return (self.compiled or self.student)(image, self.needs)

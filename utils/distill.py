@@ -102,7 +102,8 @@ class Distiller(nn.Module):
         self.compiled = None if compile == "off" else compiled(student, compile)  # the module itself must not be registered twice
 
     def arrange(self, layout: torch.memory_format) -> None:
-        """Put the weights into the memory format of a training: the student's into `layout`."""
+        """Put the weights into the memory format of a training: the student's into `layout`. Those of methods stay in NCHW: in NHWC Af-DCD's
+        loss of one CamVid picture takes a tenth longer in float32, and in bfloat16 the same time and 46 MiB more (one core, AVX-512 and AMX)."""
         self.student.to(memory_format=layout)
 
     def run_student(self, image: Tensor):

@@ -88,7 +88,8 @@ def section(name: str, method) -> str:
 
 
 def measure(repeats: int = 7) -> dict:
-    """Median time of every method's forward and backward relative to plain KD's, all interleaved, fresh inputs each time."""
+    """Median CPU time on one thread of every method's forward and backward relative to plain KD's, all interleaved, fresh inputs each time."""
+    torch.set_num_threads(1)  # and the process's own time: other work on the machine does not count
     methods = {name: build(name) for name in METHODS}
     batch = Batch(torch.zeros(2, 3, *CROP, dtype=torch.uint8), torch.randint(0, CLASSES, (2, *CROP), dtype=torch.uint8), ["a", "b"])
     batch.global_size, batch.valid = 2, torch.tensor(float(batch.target.numel()))
@@ -100,15 +101,15 @@ def measure(repeats: int = 7) -> dict:
             for tensor in student.values():
                 tensor.requires_grad_()
             terms = total = None  # free the graph of the method before, which would else end inside the clock
-            start = time.perf_counter()
+            start = time.process_time()
             terms = method(SegOutput(**student), SegOutput(**teacher), batch)
             total = sum(method.weights[term] * value for term, value in terms.items())
             total.backward()
             if step:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
             method.zero_grad(set_to_none=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    machine = (f"median of {repeats}, {torch.get_num_threads()} threads of a {platform.machine()} CPU, torch {torch.__version__}, 2 images of "
+    machine = (f"median of {repeats}, CPU time of one thread of a {platform.machine()} CPU, torch {torch.__version__}, 2 images of "
                f"{CROP[0]}x{CROP[1]}; plain KD {1000 * medians['kd']:.1f} ms")  # fmt: skip
     return {"machine": machine, "relative": {name: round(value / medians["kd"], 3) for name, value in medians.items()}}
 
@@ -121,7 +122,7 @@ def make_map(name: str, channels: int) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m losses", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="time the methods again (about two minutes on two cores)")
+    parser.add_argument("--measure", action="store_true", help="time the methods again (about two minutes)")
     options = parser.parse_args()
     path = HERE / "costs.json"
     if options.measure:

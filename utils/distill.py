@@ -103,7 +103,7 @@ class Distiller(nn.Module):
 
     def arrange(self, layout: torch.memory_format) -> None:
         """Put the weights into the memory format of a training: the student's into `layout`. Those of methods stay in NCHW: in NHWC Af-DCD's
-        loss of one CamVid picture takes a tenth longer in float32, and in bfloat16 the same time and 46 MiB more (one core, AVX-512 and AMX)."""
+        loss of one CamVid picture takes a tenth longer and 103 MiB more in float32, in bfloat16 the same time and 46 MiB more (one AMX core)."""
         self.student.to(memory_format=layout)
 
     def run_student(self, image: Tensor):

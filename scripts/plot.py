@@ -41,6 +41,11 @@ class Group:
     title: str
     runs: list[Curves]
 
+    @property
+    def end(self) -> float:
+        """The last step of any of the runs."""
+        return max(line[-1][0] for run in self.runs for line in run.lines.values())
+
     def line(self, column: str) -> tuple[list, list, list]:
         """(mean, lowest, highest) over the runs, at the steps that all of them have."""
         values = [dict(run.lines.get(column, ())) for run in self.runs]
@@ -112,8 +117,8 @@ def chart(groups: list[Group], column: str, name: str, colours: dict[str, str]) 
     """A line per group that has the column, a band around the mean of several runs."""
     found = [(group, *map(thinned, group.line(column))) for group in groups]
     found = [(group, mean, low, high) for group, mean, low, high in found if mean]
-    points = [point for _, _, low, high in found for point in (*low, *high)]
-    axes, marks = Axes([0.0, *(x for x, _ in points)], [y for _, y in points], "steps", name), []
+    heights = [y for _, _, low, high in found for _, y in (*low, *high)]
+    axes, marks = Axes([0.0, max(group.end for group in groups)], heights, "steps", name), []
     for group, mean, low, high in found:
         if len(group.runs) > 1:
             marks.append(axes.band(low, high, colours[group.title]))
@@ -148,7 +153,7 @@ def table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
         miou, loss = group.line("val/mIoU")[0], group.line("loss")[0]
         best = max(miou, key=lambda point: point[1], default=None)
         rows.append([
-            group.title, str(max(line[-1][0] for run in group.runs for line in run.lines.values())),
+            group.title, str(group.end),
             *([f"{miou[-1][1]:.2f}", f"{best[1]:.2f}", str(best[0])] if miou else "---"), f"{loss[-1][1]:.4g}" if loss else "-",
         ])  # fmt: skip
     return ["run", "steps", "last mIoU", "best mIoU", "at step", "last loss"], rows

@@ -50,7 +50,7 @@ def test_every_run_is_a_line_that_ends_where_its_rows_end(tmp_path):
     for title, step, value in (("a", 50, 2), ("b", 40, 5)):
         assert found[LOSS][title][-1] == pytest.approx((axes.x(step), axes.y(value)), abs=0.06)
     assert found[LOSS]["b"][0] == pytest.approx((axes.x(10), axes.y(20)), abs=0.06)
-    axes = Axes([0, 40], [20, 80], "steps", "mIoU")
+    axes = Axes([0, 50], [20, 80], "steps", "mIoU")
     assert found[MIOU]["b"] == [pytest.approx((axes.x(step), axes.y(2 * step)), abs=0.06) for step in (20, 40)]
 
 

@@ -40,28 +40,32 @@ def legend(classes, colours, rows: int = 32) -> Image.Image:
     return page
 
 
-def sheet(columns: dict[str, list[np.ndarray]], classes=(), colours=(), width: int = 240) -> Image.Image:
+def sheet(columns: dict[str, list[np.ndarray]], classes=(), colours=(), width: int = 240, notes=()) -> Image.Image:
     """A contact sheet: one titled column per entry, one row per picture, a legend of the classes below.
 
     Args:
         columns: title -> pictures (H, W, 3) uint8; all columns equally long.
         width: of a picture on the sheet, in pixels.
+        notes: a line of text below every row, none if empty.
     """
     rows = [[Image.fromarray(p) for p in row] for row in zip(*columns.values(), strict=True)]
     heights = [max(round(p.height * width / p.width) for p in row) for row in rows]
     gap, title, line = 6, 22, 20
+    notes = notes or [""] * len(rows)
+    below = [line * bool(note) for note in notes]
     per_line = max(1, len(columns) * (width + gap) // 130)
     legend = -(-len(classes) // per_line) * line
-    page = Image.new("RGB", (len(columns) * (width + gap) + gap, title + sum(h + gap for h in heights) + gap + legend), "white")
+    page = Image.new("RGB", (len(columns) * (width + gap) + gap, title + sum(heights) + sum(below) + gap * (len(rows) + 1) + legend), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     for column, name in enumerate(columns):
         draw.text((gap + column * (width + gap), 4), name, fill="black", font=font)
     top = title
-    for row, height in zip(rows, heights, strict=True):
+    for row, height, note, extra in zip(rows, heights, notes, below, strict=True):
         for column, picture in enumerate(row):
             sampling = Image.Resampling.NEAREST if picture.width < width else Image.Resampling.BOX
             page.paste(picture.resize((width, height), sampling), (gap + column * (width + gap), top))
-        top += height + gap
+        draw.text((gap, top + height + 1), note, fill="black", font=font)
+        top += height + extra + gap
     for number, (name, colour) in enumerate(zip(classes, colours, strict=True)):
         x, y = gap + number % per_line * 130, top + gap + number // per_line * line
         draw.rectangle((x, y, x + 13, y + 13), fill=tuple(int(c) for c in colour), outline="black")

@@ -3,7 +3,8 @@
     tensorboard --logdir runs
 
 Two folders, which TensorBoard shows as two runs: `train` has the rows of the log, `val` those of the validations. Each is cut off by
-itself where a resumed training goes on: after the last step, and after the last validation, which may be an earlier step.
+itself where a resumed training goes on: after the last step, and after the last validation, which may be an earlier step. (TensorBoard's
+fast loader hides what was after it from the first new row on, its other loader at once.)
 
 Records are written and flushed at once, in the training's own thread: a row in ten steps takes a fraction of a millisecond. The thread of
 TensorBoard's own writer loses what it still holds when a process ends at once, and meets a full disk where nobody can catch it.

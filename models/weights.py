@@ -6,6 +6,7 @@ TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 overrides a default, not an argument). Every 
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ MOBILENETV3_EPSILON = 1e-3  # of BatchNorm in torchvision
 
 
 class Difference(NamedTuple):
-    """A tensor that a model and a file do not share: "missing" in the file, "unexpected" there, or of "wrong shape"."""
+    """A tensor that a model and a file do not share: "missing" in the file, "unexpected" there, of "wrong shape" or "wrong type"."""
 
     problem: str
     key: str
@@ -57,6 +58,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give the path of a checkpoint file")
+    checkpoint.check_unpacked(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise almost anything, from EOFError to UnicodeDecodeError
@@ -79,11 +81,18 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     elif isinstance(content, dict) and "state_dict" in content:
         state = content["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        found = f"a dict with {', '.join(map(str, list(state)[:4])) or 'no keys'}" if isinstance(state, dict) else type(state).__name__
+        found = f"a dict with {', '.join(printable(str(k)) for k in [*state][:4]) or 'no keys'}" if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: no weights but {found}; give a state_dict, a dict with 'state_dict', or a checkpoint of this project")
+    # a tensor may show the same few numbers many times
+    checkpoint.check_growth(path, sum(value.numel() * value.element_size() for value in state.values()), "holds tensors of")
     if all(key.startswith("module.") for key in state):  # saved from within DataParallel or DDP
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return dict(state), info
+
+
+def printable(name: str) -> str:
+    """A name out of a file, without what could steer a terminal or break a line."""
+    return name if name.isprintable() else ascii(name)
 
 
 def infer_config(state: dict[str, Tensor]) -> dict:
@@ -106,7 +115,7 @@ def infer_config(state: dict[str, Tensor]) -> dict:
         model = find_head(part(state, "head."), backbone, classifier.shape[1], classifier.shape[0])
     if model is None:
         raise ValueError(
-            f"the weights fit no known model (backbone: {backbone or 'unknown'}, head: unknown, first key: {first}); "
+            f"the weights fit no known model (backbone: {backbone or 'unknown'}, head: unknown, first key: {printable(first)}); "
             f"possible: {', '.join(MODELS)} on {', '.join(BACKBONES)}"
         )
     return {
@@ -179,20 +188,35 @@ def compare(module: nn.Module, state: dict[str, Tensor]) -> list[Difference]:
     for key, value in own.items():
         if key in state and state[key].shape != value.shape:
             rows.append(Difference("wrong shape", key, str(tuple(value.shape)), str(tuple(state[key].shape))))
+        elif key in state and not same_kind(value, state[key]):
+            rows.append(Difference("wrong type", key, kind(value), kind(state[key])))
         elif key not in state and not key.endswith("num_batches_tracked"):
             rows.append(Difference("missing", key, str(tuple(value.shape)), "-"))
     return rows + [Difference("unexpected", key, "-", str(tuple(value.shape))) for key, value in state.items() if key not in own]
 
 
+def kind(value: Tensor) -> str:
+    """What a tensor consists of: "float32", "float32 sparse", "float32 on meta"."""
+    layout = "" if value.layout == torch.strided else f" {str(value.layout).removeprefix('torch.')}"
+    return str(value.dtype).removeprefix("torch.") + layout + (" on meta" if value.is_meta else "")
+
+
+def same_kind(own: Tensor, value: Tensor) -> bool:
+    """Whether a file's tensor holds numbers as the model's does, of whatever precision. torch (2.14) drops imaginary parts and rounds to
+    integers without a word, and raises a table of its own for what is sparse or quantised."""
+    plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta and not value.is_complex()
+    return plain and (value.is_floating_point() or not own.is_floating_point())
+
+
 def table(rows: list[Difference]) -> str:
     """The differences as aligned lines under a header."""
-    rows = [Difference("problem", "key", "model", "file"), *rows]
+    rows = [Difference("problem", "key", "model", "file"), *(row._replace(key=printable(row.key)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def load_matching(module: nn.Module, state: dict[str, Tensor], source: str, allowed: Callable[[Difference], bool]) -> str:
-    """Load the tensors that fit; every difference must be allowed. Returns the report: one line, then a table of the differences.
+def compare_allowed(module: nn.Module, state: dict[str, Tensor], source: str, allowed: Callable[[Difference], bool]) -> list[Difference]:
+    """As `compare`.
 
     Raises:
         ValueError: one line with the first difference that is not allowed, then the table of all.
@@ -202,12 +226,28 @@ def load_matching(module: nn.Module, state: dict[str, Tensor], source: str, allo
     if refused:
         first = refused[0]
         raise ValueError(
-            f"{source} does not fit the model: {len(refused)} tensors differ, the first is {first.key} ({first.problem}; "
+            f"{source} does not fit the model: {len(refused)} tensors differ, the first is {printable(first.key)} ({first.problem}; "
             f"model {first.model}, file {first.file}); choose the model that it was saved from\n{table(rows)}"
         )
+    return rows
+
+
+def load_matching(module: nn.Module, state: dict[str, Tensor], source: str, allowed: Callable[[Difference], bool]) -> str:
+    """Load the tensors that fit; every difference must be allowed. Returns the report: one line, then a table of the differences.
+
+    Raises:
+        ValueError: as `compare_allowed`; or a tensor to load holds NaN or infinite values.
+    """
+    rows = compare_allowed(module, state, source, allowed)
     unmatched = {row.key for row in rows}
     matching = {key: value for key, value in state.items() if key not in unmatched}
     module.load_state_dict(matching, strict=False)
+    bad = [key for key, value in module.state_dict().items() if key in matching and not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{source}: {len(bad)} of {len(state)} tensors hold NaN or infinite values, the first is {bad[0]}; "
+            f"fetch the file again, or take an earlier checkpoint"
+        )
     return f"{len(matching)} of {len(state)} tensors loaded from {source}" + (f", except\n{table(rows)}" if rows else "")
 
 
@@ -226,19 +266,29 @@ def model_from_checkpoint(
     Raises:
         ValueError: see `read_state` and `infer_config`; wrong number of classes; tensors that do not fit (line, then table).
     """
+    def allowed(row: Difference) -> bool:
+        return row.key.startswith(UNREAD)
+
     state, info = read_state(path)
     try:
         config = dict(info["config"]["model"]) if info["config"] else infer_config(state)
         if normalization:
             config["normalization"] = normalization
-        model = build_model(**config)
-    except TypeError as error:
+        state = translate_keys(state)
+        classifier = state.get("head.classifier.weight")
+        unproven = classifier is None or [*classifier.shape[:2]] != [config.get(name) for name in ("num_classes", "head_width")]
+        with torch.device("meta") if unproven else nullcontext():  # without memory: a file may ask for any width
+            model = build_model(**config)
+    except (TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: its config describes no model of this version ({error}); use the version that wrote it") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if num_classes not in (None, model.num_classes):
         raise ValueError(f"{path} has {model.num_classes} classes, the data set has {num_classes}; give a checkpoint trained on it")
-    report = load_matching(model, translate_keys(state), str(path), allowed=lambda row: row.key.startswith(UNREAD))
+    if unproven:
+        compare_allowed(model, state, str(path), allowed)
+        model = build_model(**config)
+    report = load_matching(model, state, str(path), allowed)
     built = model.config
     return model, (
         f"{built['model']} {built['backbone']}, {model.num_classes} classes, head width {built['head_width']}, "

@@ -14,6 +14,7 @@ project that imports pickle.
 
 import argparse
 import io
+import math
 import os
 import pickle
 import zipfile
@@ -22,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.weights import read_state
+from models.weights import printable, read_state
+from utils import checkpoint
 
 STORAGES = {  # as torch calls them: data type
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
@@ -209,11 +211,6 @@ def choose(found: dict[str, dict], entry: str | None) -> str | None:
     return next((name for name in ("", "state_dict") if name in found), None)
 
 
-def printable(name: str) -> str:
-    """A name out of the file, without what could steer a terminal."""
-    return name if name.isprintable() else ascii(name)
-
-
 def first_line(error: Exception) -> str:
     return printable((str(error).splitlines() or [""])[0])
 
@@ -225,12 +222,13 @@ def convert(source: Path, target: Path, entry: str | None = None) -> str:
         entry: the key of one of several state dicts or networks in the file; None for the file itself, the only one, or "state_dict".
 
     Raises:
-        ValueError: one line; no such file, damaged, no weights, several, or the target exists.
+        ValueError: one line; no such file, damaged, no weights, several, or the target exists; it unpacks to many times its size.
     """
     if not source.is_file():
         raise ValueError(f"{source}: {'a folder' if source.is_dir() else 'no such file'}; give the path of a checkpoint file")
     if target.exists():
         raise ValueError(f"{target}: exists; give a name that is free")
+    checkpoint.check_unpacked(source)
     try:
         content, storages, unknown = read(source)
         found = {"": weights_in(content)}
@@ -238,7 +236,12 @@ def convert(source: Path, target: Path, entry: str | None = None) -> str:
             found |= {name: weights_in(value) for name, value in content.items() if isinstance(name, str)}
         found = {name: weights for name, weights in found.items() if weights}
         chosen = choose(found, entry)
-        state = {name: rebuild(tensor, storages) for name, tensor in found.get(chosen, {}).items()}
+        weights = found.get(chosen, {})
+        size = sum(abs(math.prod(tensor.size)) * tensor.storage.dtype.itemsize for tensor in weights.values())
+        checkpoint.check_growth(source, size, "holds tensors of")  # each is copied, and they may share their numbers
+        state = {name: rebuild(tensor, storages) for name, tensor in weights.items()}
+    except checkpoint.CheckpointError:
+        raise
     except Exception as error:  # a damaged or hostile file raises almost anything
         raise ValueError(
             f"{source}: cannot be read ({type(error).__name__}: {first_line(error)}); it is damaged, or not written by torch.save; fetch it again"

@@ -158,7 +158,7 @@ def test_a_tensor_beyond_its_storage(size, stride, offset, tmp_path):
 
     path = tmp_path / "forged.pth"
     torch.save({"w": Forged()}, path)
-    with pytest.raises(ValueError, match="forged.pth: cannot be read"):
+    with pytest.raises(ValueError, match="forged.pth: (cannot be read|holds tensors of [0-9,]+ bytes, the file has)"):
         convert(path, tmp_path / "new.pth")
     assert not list(tmp_path.glob("*new*"))
 

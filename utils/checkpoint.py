@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch
 FORMAT = "segkd/1"
 MAGIC = b"segkd-sha256:"
 TRAILER = len(MAGIC) + 64
+GROWTH = 10  # a file of weights holds at least a tenth of their bytes: torch.save packs nothing, and packing saves little
 
 
 class CheckpointError(ValueError):
@@ -102,13 +104,40 @@ def intact(path: Path) -> bool:
     return True
 
 
+def check_unpacked(path: Path) -> None:
+    """Refuse an archive that would fill the memory, before anything in it is unpacked: torch (2.14) unpacks first, and then compares.
+
+    Files that are no archives, as torch wrote them before 1.6, pass.
+
+    Raises:
+        CheckpointError: the archive is damaged, or unpacks to more than GROWTH times its size.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # what torch knows an archive by
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except Exception as error:  # noqa: BLE001 - damaged archives raise anything from BadZipFile to UnicodeDecodeError
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}); it is damaged, fetch it again or use another copy") from error
+    check_growth(path, unpacked, "unpacks to")
+
+
+def check_growth(path: Path, size: int, what: str) -> None:
+    """Refuse `size` bytes out of a file that is many times smaller; `what` for the message: "unpacks to"."""
+    own = path.stat().st_size
+    if size > GROWTH * own:
+        raise CheckpointError(f"{path}: {what} {size:,} bytes, the file has {own:,}; weights do not shrink so far, it is not what it seems")
+
+
 def load(path: Path) -> dict:
     """A verified checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: see `verify`; or the file holds something other than tensors and plain values.
+        CheckpointError: see `verify` and `check_unpacked`; or the file holds something other than tensors and plain values.
     """
     verify(path)
+    check_unpacked(path)
     try:
         # the literal argument: the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD overrides a default, not this
         content = torch.load(path, map_location="cpu", weights_only=True)

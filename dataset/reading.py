@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 IGNORE = 255  # the one "no label" value inside the project
 
@@ -20,6 +20,10 @@ IGNORE = 255  # the one "no label" value inside the project
 _STRETCH = {"L;2": 85, "L;4": 17}
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _PLAIN_CHUNKS = (b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tEXt", b"zTXt", b"iTXt", b"tIME")  # nothing that turns or recolours
+# All that is opened, whatever a file is called. Of the others Pillow (13.0) hands EPS to Ghostscript, a program for a language.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
+_ORIENTATION = 0x0112  # EXIF's
+_LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: a JPEG with several pictures
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -33,11 +37,17 @@ def _reason(error: Exception) -> str:
 
 def _open(path: str | Path, what: str) -> Image.Image:
     try:
-        return Image.open(path)
+        picture = Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise DataError(f"{path}: {what} is missing; restore it from the data set's archive") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: {what} cannot be read (damaged, or none of {', '.join(FORMATS)}); replace the file") from None
     except Exception as error:  # noqa: BLE001 - on damaged files Pillow raises anything from SyntaxError to struct.error
         raise DataError(f"{path}: {what} cannot be read ({_reason(error)}); replace the file") from None
+    if picture.format == "TIFF" and (turned := picture.tag_v2.get(_ORIENTATION, 1)) != 1:
+        # Pillow (13.0) turns TIFFs as they say, and no other format
+        raise DataError(f"{path}: {what} is a TIFF that says how to turn it (orientation {turned}), which is ignored elsewhere; save it as PNG")
+    return picture
 
 
 def _decode(picture: Image.Image, path: str | Path, what: str, mode: str | None = None) -> np.ndarray:
@@ -48,8 +58,14 @@ def _decode(picture: Image.Image, path: str | Path, what: str, mode: str | None 
 
 
 def _is_sound_png(data: bytes) -> bool:
-    """Whether this is an 8-bit RGB PNG that every decoder reads alike, complete and with the checksum of every chunk right."""
+    """Whether this is an 8-bit RGB PNG that every decoder reads alike, complete and with the checksum of every chunk right.
+
+    Not one so large that Pillow suspects it to fill the memory: OpenCV (5.0) takes twelve times as many pixels, 3 GB of them.
+    """
     if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or data[24:29] != b"\x08\x02\0\0\0":  # 8 bits, RGB, not interlaced
+        return False
+    width, height = struct.unpack_from(">II", data, 16)
+    if width * height > Image.MAX_IMAGE_PIXELS:
         return False
     at, view = 8, memoryview(data)
     while len(data) - at >= 12:
@@ -135,8 +151,8 @@ def read_label(path: str | Path, colours: bool = False) -> np.ndarray:
     Raises DataError for a missing or damaged file, for colours, for JPEG (lossy) and for values above 255.
     """
     with _open(path, "label") as picture:
-        if picture.format == "JPEG":
-            raise DataError(f"{path}: label is a JPEG, whose compression changes class values; save labels as PNG")
+        if picture.format in _LOSSY:
+            raise DataError(f"{path}: label is a {picture.format}, whose compression changes class values; save labels as PNG")
         if colours and picture.mode in ("RGB", "RGBA"):
             raw = _decode(picture, path, "label")
             if raw.shape[2] == 4 and raw[:, :, 3].min() < 255:

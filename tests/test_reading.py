@@ -5,10 +5,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from dataset import DataError
-from dataset.reading import _is_sound_png, _read_sound_png, read_image, read_size
+from dataset.reading import _is_sound_png, _read_sound_png, read_image, read_label, read_size
 from tests.paths import shared
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (13, 17, 3), dtype=np.uint8)
@@ -99,3 +99,61 @@ def test_missing_and_damaged_pngs_are_refused_as_ever(path):
     path.write_bytes(b"text")
     with pytest.raises(DataError, match="picture cannot be read"):
         read_size(path)
+
+
+def test_a_png_that_fills_the_memory_is_left_to_pillow(path, monkeypatch):
+    """Which refuses it by its header; OpenCV's own limit is 3 GB."""
+    path.write_bytes(png())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", PIXELS[:, :, 0].size)
+    assert _read_sound_png(path) is not None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="picture.png: picture cannot be read .*exceeds limit of 200 pixels"):
+        read_image(path)
+
+
+# --------------------------------------------------------------------------------------------- whatever a file is called
+
+
+def test_no_picture_starts_a_program(path, monkeypatch):
+    """Pillow alone hands an EPS file of any name to Ghostscript, whose language can do more than draw."""
+    marker, program = path.with_name("marker"), path.with_name("gs")
+    program.write_text(f"#!/bin/sh\ntouch '{marker}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looks for it again
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 20\n%%EndComments\nshowpage\n%%EOF\n")
+    for read, what in ((read_image, "picture"), (read_label, "label"), (read_size, "picture")):
+        with pytest.raises(DataError, match=rf"picture.png: {what} cannot be read \(damaged, or none of PNG, JPEG, BMP, GIF, WEBP, TIFF\)"):
+            read(path)
+    assert not marker.exists()
+    with Image.open(path) as picture, pytest.raises(OSError):
+        picture.load()
+    assert marker.exists(), "the negative control"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [3, 6])  # upside down, on its side
+def test_nothing_is_turned(kind, orientation, path):
+    """By what its EXIF data say, wherever they are: labels carry none, and half a turn shows in no size."""
+    ramp = np.broadcast_to(np.arange(0, 240, 8, dtype=np.uint8)[None, :, None], (20, 30, 3))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(ramp)).save(path, kind, exif=exif)
+    if kind == "TIFF":
+        with Image.open(path) as picture:  # the negative control
+            found = np.array(picture)
+        assert found.shape != ramp.shape or np.abs(found.astype(int) - ramp).max() > 100
+        for read in (read_image, read_label, read_size):
+            with pytest.raises(DataError, match=rf"is a TIFF that says how to turn it \(orientation {orientation}\)"):
+                read(path)
+    else:
+        found = read_image(path)
+        assert found.shape == ramp.shape and np.abs(found.astype(int) - ramp).max() < 10 and read_size(path) == (20, 30)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "WEBP"])
+def test_labels_that_a_compression_has_changed(kind, path):
+    label = Image.fromarray(np.arange(0, 250, dtype=np.uint8).reshape(10, 25))
+    label.save(path, kind, **({"save_all": True, "append_images": [label]} if kind == "MPO" else {}))
+    with pytest.raises(DataError, match=f"picture.png: label is a {kind}, whose compression changes class values; save labels as PNG"):
+        read_label(path)

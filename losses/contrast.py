@@ -221,12 +221,12 @@ def compiled_distances(patches: int, cells: int, width: int, l1: bool, dtype: to
     """`distances` compiled for a CPU and one shape; None, with a line in the log, where that fails."""
 
     def whole(student, teacher, l1):
-        if not torch.compiler.is_compiling():  # switched off by the environment or a debugging mode
+        if not torch.compiler.is_compiling():  # switched off by the environment, or in a dispatch mode such as a counter of operations
             return distances(student, teacher, l1)
         difference = student[:, :, None] - teacher[:, None]
         return difference.abs().sum(-1) if l1 else difference.square().sum(-1).sqrt()
 
-    kernel = torch.compile(whole, fullgraph=True, dynamic=False)
+    kernel = torch.compile(whole, dynamic=False)  # nothing in it breaks the graph; fullgraph=True would raise in a dispatch mode (torch 2.14)
     example = torch.zeros(patches, cells, width, dtype=dtype)
     try:
         with torch.no_grad():  # as it is called later: the mode is a part of what is compiled

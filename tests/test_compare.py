@@ -4,12 +4,17 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +24,7 @@ from dataset import get_spec, shapes
 from scripts import compare
 from scripts.compare import Arm, Budget, Job, Plan, check, draws, grouped, job, keep, parse_arm, run_jobs, rungs, settings
 from tests.paths import REPOSITORY
-from tests.workers import save_model, train
+from tests.workers import TIMEOUT, save_model, start, train
 from utils import session
 from utils.options import train_options
 from utils.run import StopSignal
@@ -483,6 +488,142 @@ def test_launcher_of_the_shell(tmp_path):
     assert options.teacher_checkpoint == "runs/camvid/deeplabv3-resnet18/student_best.pth" and str(options.output) == "runs/camvid/compare"
 
 
+TEACHER = ("--teacher-checkpoint", "teacher.pth")
+
+
+class Forked:
+    """A training in a fork of the comparison, with the face of subprocess.Popen: nothing is imported a second time."""
+
+    def __init__(self, command, *, stdout, preexec_fn=lambda: None, **_):
+        self.returncode = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(command[1:], stdout, preexec_fn)
+
+    def _run(self, arguments, stdout, preexec_fn):
+        code = 1
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            preexec_fn()
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def terminate(self):
+        os.kill(self.pid, signal.SIGTERM)
+
+
+def run_forked(command, **_) -> SimpleNamespace:
+    """subprocess.run, as far as the evaluation of the teacher needs it."""
+    with tempfile.TemporaryFile("w+") as console:
+        process = Forked(command, stdout=console)
+        while process.poll() is None:
+            time.sleep(0.01)
+        console.seek(0)
+        return SimpleNamespace(returncode=process.returncode, stdout=console.read(), stderr="")
+
+
+def run_comparison(folder: Path, arguments: list[str]) -> None:
+    """In a process of its own: the command, in `folder`, with 24, 4 and 8 pictures in the drawn splits."""
+    os.chdir(folder)
+    shapes.COUNTS.update(train=24, val=4, test=8)
+    compare.subprocess = SimpleNamespace(Popen=Forked, run=run_forked, DEVNULL=None, STDOUT=None)
+    sys.argv = ["compare", *arguments]
+    compare.main()
+
+
+def begin(folder: Path, *arguments, flags=SMALL):
+    """Start the comparison in folder/out, with folder/teacher.pth."""
+    if not (folder / "teacher.pth").exists():
+        save_model(folder / "teacher.pth", 1)
+    return start(partial(run_comparison, folder, [*TEACHER, *arguments, "--output", "out", "--", *flags]), folder / "console.txt")
+
+
+def figures(folder: Path) -> dict:
+    """results.json without what no two comparisons share (time, memory, places), with every step's loss and the last weights' hash."""
+    content = json.loads((folder / "out" / "results.json").read_text())
+    for run in content["runs"]:
+        place = folder / "out" / "runs" / run["arm"] / f"seed{run['seed']}"
+        rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        run["losses"] = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        run["weights"] = digest(*torch.load(place / "last.pth", weights_only=True)["student"].values())
+        del run["seconds"], run["cost"], run["environment"], run["options"]
+    for arm in content["arms"]:
+        del arm["seconds"], arm["seconds_per_step"], arm["peak_memory"]
+    del content["command"], content["date"], content["environments"], content["teacher"]["path"]
+    return content
+
+
+@pytest.mark.parametrize("budget", ["iterations:2", "minutes:0.002"])
+def test_five_arms_and_three_seeds(tmp_path, budget):
+    """All is trained once, by one command, and reported; the budget is kept."""
+    arguments = ("--seeds", "0", "1", "2", "--budget", budget)
+    started = begin(tmp_path, *arguments)
+    assert started.wait() == [0], started.text
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(run["arm"], run["seed"]) for run in content["runs"]] == [(arm, seed) for seed in (0, 1, 2) for arm in compare.ARMS]
+    assert all(run["done"] and run["images"] == 8 and run["split"] == "test" and run["selected_on"] == "val" for run in content["runs"])
+    assert len(content["verdicts"]) == 4 + 3 and content["teacher"]["miou"] > 0 and content["networks"]["teacher"]["model"] == "pspnet"
+    assert len({run["steps"] for run in content["runs"]}) == 1 if budget == "iterations:2" else all(
+        0.12 <= run["seconds"] < 0.12 + 3 * run["cost"]["seconds_per_step"] for run in content["runs"])  # fmt: skip
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "data:image/jpeg;base64," in page and page.count("<svg") == 3 and len(page) < 1 << 20
+    before = figures(tmp_path)
+    again = begin(tmp_path, *arguments)
+    assert again.wait() == [0] and "15 of 15 trainings are done already" in again.text and figures(tmp_path) == before
+
+
+def test_a_comparison_that_is_killed_ends_with_the_same_figures(tmp_path):
+    """kill -9 of the comparison in its first training, then of its second training alone, which the third one does not mind."""
+    arguments = ("--methods", "none", "kd", "cwd", "--seeds", "0", "--budget", "iterations:5")
+    flags = (*SMALL, "--log-interval", "1", "--save-interval", "1")
+    (tmp_path / "whole").mkdir()
+    assert begin(tmp_path / "whole", *arguments, flags=flags).wait() == [0]
+
+    def killed_in(place: str, kill_training: bool):
+        started, run = begin(tmp_path, *arguments, flags=flags), tmp_path / "out" / "runs" / place
+        table, limit = run / "metrics.jsonl", time.monotonic() + TIMEOUT
+        while not (table.exists() and len(table.read_text().splitlines()) >= 3):
+            assert started.processes[0].is_alive() and time.monotonic() < limit, started.text
+            time.sleep(0.005)
+        if kill_training:
+            os.kill(int(re.search(r"process (\d+)", (run / ".lock").read_text()).group(1)), signal.SIGKILL)
+        else:
+            started.stop(signal.SIGKILL)
+        return started.wait(), started.text
+
+    assert killed_in("none/seed0", False)[0] == [-signal.SIGKILL] and not (tmp_path / "out" / "results.json").exists()
+    status, text = killed_in("kd/seed0", True)
+    assert status == [1] and "kd, seed 0: failed: error: ended by SIGKILL" in text
+    failed = [run for run in json.loads((tmp_path / "out" / "results.json").read_text())["runs"] if not run["done"]]
+    assert [(run["arm"], run["seed"]) for run in failed] == [("kd", 0)] and "kd, seed 0: error: ended by SIGKILL" in (
+        tmp_path / "out" / "report.md").read_text()  # fmt: skip
+    last = begin(tmp_path, *arguments, flags=flags)
+    assert last.wait() == [0] and "2 of 3 trainings are done already" in last.text
+    assert "going on from step" in (tmp_path / "out" / "runs" / "kd" / "seed0.console.txt").read_text()
+    found = figures(tmp_path)
+    assert found == figures(tmp_path / "whole")
+    assert [[step for step, _ in run["losses"]] for run in found["runs"]] == [[1, 2, 3, 4, 5]] * 3
+    assert len({run["weights"] for run in found["runs"]}) == 3, "what is compared does tell trainings apart"
+
+
 GO = """
 import runpy, sys
 from dataset import shapes
@@ -496,22 +637,19 @@ else:
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-TEACHER = ("--teacher-checkpoint", "teacher.pth")
-
-
 @pytest.fixture
 def command(tmp_path):
     """(*arguments) -> the started comparison, with 24, 4 and 8 pictures in the drawn splits, in a session of its own."""
     (tmp_path / "go.py").write_text(GO)
     save_model(tmp_path / "teacher.pth", 1)
 
-    def start(*arguments, flags=SMALL, **variables):
+    def begin_anew(*arguments, flags=SMALL, **variables):
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | variables
         full = [sys.executable, "go.py", "compare", *TEACHER, *arguments, "--output", "out", "--", *flags]
         with open(tmp_path / "console.txt", "a") as console:
             return subprocess.Popen(full, cwd=tmp_path, env=environment, stdout=console, stderr=subprocess.STDOUT, start_new_session=True)
 
-    return start
+    return begin_anew
 
 
 def scores(folder: Path) -> list[str]:
@@ -539,13 +677,16 @@ def test_the_whole_command(command, tmp_path, budget):
 
 
 @pytest.mark.slow
-def test_other_seeds_decide_nothing_and_a_planted_worse_arm_is_found(command, tmp_path):
+def test_other_seeds_decide_nothing_and_planted_worse_arms_are_found(tmp_path):
+    """The student alone against itself with other seeds; against one that hardly learns, and one that imitates an untrained teacher."""
     flags = (*SMALL[:4], "--crop-size", "64", "--batch-size", "8", *SMALL[8:], "--optimizer", "adamw", "--lr", "0.003", "--val-interval", "60")
-    arguments = ("--methods", "none", "none:seed-offset=100", "none:lr=1e-6", "--seeds", "0", "1", "2", "3", "--budget", "iterations:60")
-    assert command(*arguments, "--jobs", "2", flags=flags).wait(6000) == 0, (tmp_path / "console.txt").read_text()
+    arms = ("none", "none:seed-offset=100", "none:lr=1e-6", "kd:kd-weight=200")
+    started = begin(tmp_path, "--methods", *arms, "--seeds", "0", "1", "2", "3", "--budget", "iterations:60", flags=flags)
+    assert started.wait(6000) == [0], started.text
     content = json.loads((tmp_path / "out" / "results.json").read_text())
-    verdicts = {row["arm"]: row["text"] for row in content["verdicts"]}
-    assert "undecided" in verdicts["none:seed-offset=100"] and verdicts["none:lr=1e-6"].startswith("none:lr=1e-6 < none: -")
+    verdicts = {row["arm"]: row["text"] for row in content["verdicts"] if row["other"] == "none"}
+    assert verdicts[arms[1]].startswith("none:seed-offset=100 vs none: undecided (")
+    assert verdicts[arms[2]].startswith("none:lr=1e-6 < none: -") and verdicts[arms[3]].startswith("kd:kd-weight=200 < none: -"), verdicts
 
 
 @pytest.mark.slow

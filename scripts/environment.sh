@@ -2,7 +2,8 @@
 #
 #   PYTHON   the interpreter; default: the active environment's, else .venv beside the code, which is made on demand
 #   GPUS     processes per node for `launch`; default: one per visible GPU, one on a CPU
-#   several nodes: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, with torchrun's meaning
+#   several nodes: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, with torchrun's meaning; NODE_RANK is SLURM's where srun started the script
+#   RESTARTS how often `launch` starts the processes again when one of them ends with an error; default 0
 
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)"
@@ -50,13 +51,21 @@ launch() {
     if [ -z "$processes" ]; then
         processes="$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')"
     fi
-    if [ "$processes" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
+    local restarts="${RESTARTS:-0}" rendezvous=(--standalone)
+    if [ "$processes" = 1 ] && [ "${NNODES:-1}" = 1 ] && [ "$restarts" = 0 ]; then
         exec "$PYTHON" "$ROOT/$script" "$@"
     fi
-    local rendezvous=(--standalone)
     if [ "${NNODES:-1}" != 1 ]; then
-        rendezvous=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?set NODE_RANK}" --master-addr "${MASTER_ADDR:?set MASTER_ADDR}"
-                    --master-port "${MASTER_PORT:-29500}")
+        local rank="${NODE_RANK:-${SLURM_NODEID:?set NODE_RANK}}" address="${MASTER_ADDR:?set MASTER_ADDR}" port="${MASTER_PORT:-29500}"
+        if [ "$restarts" = 0 ]; then
+            rendezvous=(--nnodes "$NNODES" --node-rank "$rank" --master-addr "$address" --master-port "$port")
+        else # the one rendezvous that a node which was started again can join; node 0 holds it
+            rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id segkd
+                        --rdzv-conf "is_host=$([ "$rank" = 0 ] && echo 1 || echo 0)")
+        fi
+    fi
+    if [ "$restarts" != 0 ]; then
+        rendezvous+=(--max-restarts "$restarts")
     fi
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$processes" "$ROOT/$script" "$@"

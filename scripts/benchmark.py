@@ -20,7 +20,6 @@ larger of the two. `of KD` is the time relative to plain KD's in the same part, 
 
 import argparse
 import copy
-import gc
 import json
 import platform
 import re
@@ -50,7 +49,7 @@ from models.backbones import on_meta
 from models.fold import fold_batchnorm
 from scripts import plain
 from scripts.compare import Arm, parse_arm
-from scripts.watch import Watch
+from scripts.watch import Watch, watched
 from utils import engine, metrics
 from utils.distill import Distiller, Teacher
 from utils.optim import build_optimizers
@@ -137,17 +136,7 @@ class Machine:
         return min(self.seconds(function)[0] for _ in range(repeats + 1))
 
     def watched(self, function: Callable) -> Watch:
-        """What it does, in a run of its own; on a GPU `peak` is the allocator's."""
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        with Watch() as watch:
-            function()
-        if self.device.type == "cuda":
-            watch.peak = torch.cuda.max_memory_allocated() - before
-        return watch
+        return watched(function, self.device)
 
     def floor(self, flops: dict[torch.dtype, int], size: int) -> float:
         """Milliseconds that the products of each precision, or `size` bytes, take at the measured rates."""

@@ -1,8 +1,10 @@
 """What torch is asked to do: operations, waits of the host for the device, memory. Shared by the benchmark and the tests."""
 
+import gc
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -77,6 +79,21 @@ class Watch(TorchDispatchMode):
         target = keywords.get("device")
         on_gpu = bool(tensors) and tensors[0].is_cuda
         return on_gpu and (name == "bincount" or (name == "_to_copy" and target is not None and torch.device(target).type == "cpu"))
+
+
+def watched(function: Callable, device: torch.device) -> Watch:
+    """What it does, in a run of its own; on a GPU `peak` is the allocator's."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with Watch() as watch:
+        function()
+    if on_gpu:
+        watch.peak = torch.cuda.max_memory_allocated() - before
+    return watch
 
 
 def storage_key(tensor: Tensor) -> int:

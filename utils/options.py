@@ -23,6 +23,7 @@ SYNONYMS = {  # what other codebases call it
     "--steps": ["--max-iterations"], "--epochs": ["--max-iterations"], "--learning-rate": ["--lr"], "--output-dir": ["--save-dir"],
 }  # fmt: skip
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
+EXPORTS = ("onnx", "torch.export", "torchscript")
 METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
@@ -308,6 +309,102 @@ def predict_options(argv=None, *, description: str) -> Options:
     return fail_in_one_line(parser, lambda: _resolve(parser, given, classes_of(given)))
 
 
+def export_options(argv=None, *, description: str) -> Options:
+    """The options of scripts/export.py; `spec` and `dataset` are None where no data set is needed and none was given."""
+    parser = _Parser("python -m scripts.export", description)
+    _add_weights(parser)
+    group, add = parser.add_argument_group("file"), parser.add
+    add(group, "output", None, "the file to write; FILE.json comes beside it", type=str, required=True)
+    add(group, "format", "onnx", "kind of file", choices=EXPORTS)
+    add(group, "scores", False, "a second output: the class scores at the model's stride, float32")
+    add(group, "size", None, "one number, or height and width, that all pictures have; none: any size", type=int, nargs="+", minimum=32)
+    add(group, "quantize", None, "convolutions in int8, of onnx alone", choices=("int8",))
+    add(group, "calibration", 64, "training pictures that --quantize finds the range of activations on", minimum=1)
+    group = parser.add_argument_group("check")
+    add(group, "check", False, "compare the file with PyTorch on pictures of --data")
+    add(group, "dataset", None, f"data set: {', '.join(SPECS)}; none: the one that the checkpoint names", type=str)
+    add(group, "data", None, "folder of the data set, for --check and --quantize", type=str)
+    add(group, "split", None, "split to check on; none: the one the data set reports", type=str)
+    add(group, "limit", None, "check on the first N pictures alone", type=int, minimum=1)
+    given = parser.parse(sys.argv[1:] if argv is None else argv)
+    return fail_in_one_line(parser, lambda: _resolve_export(parser, given))
+
+
+def _resolve_export(parser, given: dict) -> Options:
+    check, quantize = given.get("check"), given.get("quantize")
+    kind = given.get("format", parser.defaults["format"])
+    for name, reader in (("split", check), ("limit", check), ("data", check or quantize), ("calibration", quantize)):
+        if name in given and not reader:
+            readers = {"calibration": "--quantize int8", "data": "--check or --quantize int8"}.get(name, "--check")
+            raise ValueError(f"--{name} {given[name]} is read by {readers} alone; add it, or drop the flag")
+    if quantize and kind != "onnx":
+        raise ValueError(f"--quantize {quantize} makes files of --format onnx, --format is {kind}; choose onnx, or drop the flag")
+    if "size" in given and kind == "torchscript":
+        raise ValueError("--size: a file of torchscript takes pictures of any size; drop the flag")
+    if "dataset" not in given and (check or quantize):
+        given["dataset"] = dataset_of(given["checkpoint"])
+    options = _resolve(parser, given)
+    if "dataset" not in given:
+        options.spec = options.dataset = None
+    elif options.data is not None and not options.spec.source:
+        raise ValueError(f"--data {options.data}: {options.dataset} has no files; say with --dataset which data set the folder holds")
+    elif (check or quantize) and options.spec.source and options.data is None:
+        raise ValueError(f"--data is missing: the folder of {options.dataset}; {options.spec.source}")
+    options.device, options.dist_timeout = "cpu", 1800.0  # networks are traced there
+    return options
+
+
+def profile_options(argv=None, *, description: str) -> Options:
+    """The options of scripts/profile.py; `models` are (model, backbone, head width or None), `sizes` (height, width)."""
+    parser = _Parser("python -m scripts.profile", description)
+    group, add = parser.add_argument_group("networks"), parser.add
+    add(group, "models", (), "networks with random weights: MODEL:BACKBONE, or MODEL:BACKBONE:HEAD-WIDTH", type=str, nargs="+")
+    add(group, "checkpoints", (), "networks in files: this project's or published ones", type=str, nargs="+")
+    add(group, "num-classes", 19, "classes of --models", minimum=2)
+    add(group, "fold", True, "fold BatchNorms into convolutions, as scripts.export does")
+    group = parser.add_argument_group("measurement")
+    add(group, "sizes", ("512x1024",), "pictures, HEIGHTxWIDTH", type=str, nargs="+")
+    add(group, "batch-size", 1, "pictures per pass", minimum=1)
+    add(group, "until", "labels", "time to the label map of the picture's size, or to the class scores at the model's stride",
+        choices=("labels", "logits"))  # fmt: skip
+    add(group, "repeats", 30, "timed passes of every network at every size", minimum=1)
+    add(group, "warmup", 3, "passes before them", minimum=0)
+    add(group, "output", None, "folder of profile.json and profile.md; none: the console alone", type=str)
+    _add_device(parser)
+    given = parser.parse(sys.argv[1:] if argv is None else argv)
+    return fail_in_one_line(parser, lambda: _resolve_profile(parser, given))
+
+
+def _resolve_profile(parser, given: dict) -> Options:
+    options = _resolve(parser, given)
+    del options.spec, options.dataset
+    if not options.models and not options.checkpoints:
+        raise ValueError("nothing to profile: give --models MODEL:BACKBONE ..., or --checkpoints FILE ...")
+    if "num_classes" in given and not options.models:
+        raise ValueError(f"--num-classes {options.num_classes} is read by --models alone, checkpoints say it themselves; drop the flag")
+    options.models, options.sizes = [_network(text) for text in options.models], [_height_width(text) for text in options.sizes]
+    for name, values in (("models", options.models), ("checkpoints", options.checkpoints), ("sizes", options.sizes)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} {' '.join(given[name])}: names one twice")
+    return options
+
+
+def _network(text: str) -> tuple[str, str, int | None]:
+    """deeplabv3:resnet18:64 -> ("deeplabv3", "resnet18", 64)"""
+    model, backbone, width = (*text.split(":"), "")[:3] if text.count(":") in (1, 2) else ("", "", "")
+    if not model or not backbone or not (width == "" and text.count(":") == 1 or width.isdecimal() and int(width)):
+        raise ValueError(f"--models {text}: give MODEL:BACKBONE or MODEL:BACKBONE:HEAD-WIDTH, for example deeplabv3:resnet18")
+    return model, backbone, int(width) if width else None
+
+
+def _height_width(text: str) -> tuple[int, int]:
+    """512x1024 -> (512, 1024)"""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) >= 32 and int(width) >= 32):
+        raise ValueError(f"--sizes {text}: give HEIGHTxWIDTH, both at least 32, for example 512x1024")
+    return int(height), int(width)
+
+
 def _add_weights(parser):
     """A checkpoint; returns the group."""
     group = parser.add_argument_group("checkpoint")
@@ -377,7 +474,7 @@ def fail_in_one_line(parser, function):
 
 
 def _resolve(parser: _Parser, given: dict, spec: Spec | None = None) -> Options:
-    spec = spec or get_spec(given.get("dataset") or parser.defaults["dataset"] or "shapes", given.get("data"))
+    spec = spec or get_spec(given.get("dataset") or parser.defaults.get("dataset") or "shapes", given.get("data"))
     options = Options(sources={}, methods={}, spec=spec)
     for name, default in parser.defaults.items():
         if name in given:
@@ -393,7 +490,7 @@ def _resolve(parser: _Parser, given: dict, spec: Spec | None = None) -> Options:
         setattr(options, name, value)
         options.sources[name] = source
     options.dataset = spec.name
-    for name in ("crop_size", "window", "stride"):
+    for name in ("crop_size", "window", "stride", "size"):
         if getattr(options, name, None) is not None:
             setattr(options, name, pair(name, getattr(options, name)))
     for name in ("window", "stride"):

@@ -1,0 +1,78 @@
+"""A trained network as it is shipped: without what only training needs, picture in, labels out, in operations that exporters know."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .fold import FoldedNorm, fold_batchnorm
+from .output import AUXILIARY
+from .segmentor import Segmentor
+
+
+def deployable(model: Segmentor, fold: bool = True) -> tuple[Segmentor, int]:
+    """(a copy in evaluation mode with the same logits, the number of BatchNorms that were folded into its convolutions, 0 without `fold`).
+
+    Heads that the logits do not depend on are dropped: auxiliary and detail heads, but OCRNet's own `aux` stays.
+    """
+    model = copy.deepcopy(model)
+    for name in AUXILIARY:
+        setattr(model, f"{name}_head", None)
+        if name not in model.head.intrinsic:
+            model.channels.pop(name, None)
+    model, folded = fold_batchnorm(model.eval(), ("logits",)) if fold else (model.eval(), 0)
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, FoldedNorm):  # its weight and bias are for methods
+                setattr(module, name, nn.Identity())
+    return model.requires_grad_(False), folded
+
+
+class Labeller(nn.Module):
+    """(B, 3, H, W) uint8 RGB -> labels (B, H, W) uint8, or (labels, scores (B, K, h, w) float32) with `scores`.
+
+    The labels are those of `utils.metrics.Inference`: the argmax of the scores, upsampled to the picture with align_corners=True. As
+    one argmax, which runtimes do faster than the running maximum of this project's CPU path (measured with onnxruntime: a third).
+    """
+
+    def __init__(self, model: Segmentor, scores: bool):
+        super().__init__()
+        self.model, self.scores = model, scores
+
+    def forward(self, image: Tensor):
+        with Exportable():
+            scores = self.model(image).logits
+            labels = F.interpolate(scores, image.shape[-2:], mode="bilinear", align_corners=True).argmax(1).to(torch.uint8)
+        return (labels, scores) if self.scores else labels
+
+
+class Exportable(TorchFunctionMode):
+    """Inside, two operations that exporters do not know at every size are done by others with the same values.
+
+    Adaptive averages become products with matrices that are made from the size; attention of three dimensions gets a fourth.
+    """
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if function is F.adaptive_avg_pool2d:
+            return average(*arguments, **(keywords or {}))
+        if function is F.scaled_dot_product_attention and arguments[0].dim() == 3:
+            return function(*(tensor[:, None] for tensor in arguments), **(keywords or {}))[:, 0]
+        return function(*arguments, **(keywords or {}))
+
+
+def average(x: Tensor, size) -> Tensor:
+    """`F.adaptive_avg_pool2d`: means over `size` x `size` regions, those of a side of n pixels from floor(k n / size) to
+    ceil((k + 1) n / size). As x times a matrix of shares on either side, which needs no sizes in advance."""
+    rows, columns = (size, size) if isinstance(size, int) else size
+    if rows == columns == 1:
+        return x.mean((2, 3), keepdim=True)
+    return shares(rows, x.shape[2], x) @ x @ shares(columns, x.shape[3], x).mT
+
+
+def shares(regions: int, length: int, like: Tensor) -> Tensor:
+    """(regions, length): the weight of every position in the mean of every region."""
+    region, place = torch.arange(regions, device=like.device)[:, None], torch.arange(length, device=like.device)
+    inside = (place >= region * length // regions) & (place < ((region + 1) * length + regions - 1) // regions)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True).to(like.dtype)

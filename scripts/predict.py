@@ -367,12 +367,13 @@ class VideoPictures(Pictures):
         self.frames += 1
 
     def __exit__(self, kind, error, trace):
-        if self.writer is None:
+        if self.writer is not None:
+            self.writer.release()
+        if self.writer is None or kind is not None:
             return
-        self.writer.release()
         path = self.output / self.name
         written = int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT))
-        if kind is None and written != self.frames:  # the writer says nothing of a full disk, nor of a frame of another size
+        if written != self.frames:  # the writer says nothing of a full disk, nor of a frame of another size
             raise ValueError(f"{path}: holds {max(0, written)} of {self.frames} frames; free space or choose another folder, or pass --no-overlays")
 
 

@@ -13,12 +13,13 @@ import torch
 from dataset import SPECS
 from losses import METHODS, resolve
 from tests.workers import script, start
-from utils.options import eval_options, hyphenated, option_table, train_options
+from utils.options import eval_options, hyphenated, option_table, predict_options, train_options
 
 READERS = {
     "train_baseline.py": partial(train_options, distil=False, description="about"),
     "train_kd.py": partial(train_options, distil=True, description="about"),
     "eval.py": partial(eval_options, description="about"),
+    "scripts/predict.py": partial(predict_options, description="about"),
 }
 
 
@@ -187,9 +188,11 @@ def test_help_lists_every_option(name, capsys):
     text = capsys.readouterr().out
     assert end.value.code == 0
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
-    known = {"train_baseline.py": baseline, "train_kd.py": partial(distil, "--method", "kd")}.get(
-        name, lambda: eval_options(["--checkpoint", "c", "--dataset", "shapes"], description="")
-    )()
+    known = {
+        "train_baseline.py": baseline, "train_kd.py": partial(distil, "--method", "kd"),
+        "eval.py": lambda: eval_options(["--checkpoint", "c", "--dataset", "shapes"], description=""),
+        "scripts/predict.py": lambda: predict_options("--checkpoint c --dataset shapes --input i --output o".split(), description=""),
+    }[name]()  # fmt: skip
     wanted = {f"--{key.replace('_', '-')}" for key in known.sources if "." not in key}
     if name == "train_kd.py":
         wanted |= {f"--{method}-{field.name}".replace("_", "-") for method, cls in METHODS.items() for field in dataclasses.fields(cls.Options)}
@@ -199,7 +202,7 @@ def test_help_lists_every_option(name, capsys):
     usage, _, rest = text.partition("\n\n")
     entries = re.findall(r"^  (--\S.*(?:\n {5,}\S.*)*)", rest, re.M)
     assert len(entries) >= len(wanted)
-    required = {"--method", "--checkpoint"}
+    required = {"--method", "--checkpoint", "--input"} | ({"--output"} if name == "scripts/predict.py" else set())
     for entry in (" ".join(entry.split()) for entry in entries):
         assert "(default: " in entry or entry.split()[0] in required or entry.startswith("--help"), entry
 

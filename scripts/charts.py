@@ -13,10 +13,10 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 86rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; } .wide img { max-width: none; display: block; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-.words td { white-space: normal; text-align: left; min-width: 5rem; } .words th { text-align: left; }
+.words td { white-space: normal; text-align: left; min-width: 5rem; } .words th { text-align: left; } .words .long { min-width: 18rem; }
 th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; } th[aria-sort=descending] button::after { content: " \\25BC"; }
 tbody tr:hover { background: var(--soft); } code { overflow-wrap: anywhere; }
@@ -55,7 +55,8 @@ def document(title: str, parts: list[str], script: str = "") -> str:
 
 def html_table(head: list[str], rows: list[list[str]], sort: bool = False) -> str:
     kind = " ".join(["sort"] * sort + ["words"] * any(len(value) > 40 for row in rows for value in row))
-    cells = "".join(f"<tr>{''.join(f'<td>{escape(str(value))}</td>' for value in row)}</tr>" for row in rows)
+    cell = {True: '<td class="long">', False: "<td>"}
+    cells = "".join(f"<tr>{''.join(f'{cell[len(value) > 40]}{escape(value)}</td>' for value in row)}</tr>" for row in rows)
     names = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in head)
     return f'<div class="wide"><table class="{kind}"><thead><tr>{names}</tr></thead><tbody>{cells}</tbody></table></div>'
 

@@ -154,7 +154,7 @@ def row_of(run: dict) -> dict:
     megas = {"peak_memory_mib": ("peak_memory", 1 << 20), "extra_parameters": ("extra_parameters", 1), "gmacs": ("macs", 1e9),
              "teacher_gmacs": ("teacher_macs", 1e9)}  # fmt: skip
     return {
-        "arm": run["arm"], "seed": run["seed"], "status": "done" if run["done"] else "not done",
+        "arm": run["arm"], "seed": run["seed"], "status": "done" if run["done"] else "failed" if "error" in run["failure"] else "not finished",
         **{f"{key}_miou": run.get(key) for key in ("last", "best", "selection")},
         **{key: run.get(key) for key in ("steps", "best_step", "seconds")}, "seconds_per_step": cost.get("seconds_per_step"),
         **{name: cost[key] / unit if key in cost else None for name, (key, unit) in megas.items()}, "failure": run["failure"],

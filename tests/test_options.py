@@ -143,6 +143,8 @@ REFUSED = {  # script, arguments, message
     "data set meant": ("train_baseline.py", ["--dataset", "camvit"], "did you mean camvid?"),
     "no data": ("train_baseline.py", ["--dataset", "voc"], "--data is missing: the folder of voc; http"),
     "both lengths": ("train_baseline.py", ["--max-iterations", "5", "--max-minutes", "1"], "--max-iterations and --max-minutes: give one of them"),
+    "held out twice": ("train_baseline.py", ["--holdout", "0.2", "--select-holdout", "0.1"], "--holdout and --select-holdout: give one of them"),
+    "all held out for the selection": ("train_baseline.py", ["--select-holdout", "1"], "--select-holdout 1: must be below 1, for example 0.2"),
     "all held out": ("train_baseline.py", ["--holdout", "1"], "--holdout 1: must be below 1, for example 0.2"),
     "no folder": ("train_baseline.py", [], "--save-dir is missing: the folder for log, metrics and checkpoints of this run"),
     "method's flag": ("train_baseline.py", ["--kd-weight", "1"], "unknown option --kd-weight"),

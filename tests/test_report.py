@@ -94,7 +94,7 @@ def test_one_seed_gives_no_verdict(tmp_path):
 def test_a_failed_run_is_shown_and_pairs_with_nothing(tmp_path):
     text = report(plan("none", "cwd"), tmp_path, {"none": SCORES["none"], "cwd": {0: 33.0, 1: 35.0}})
     assert "- cwd, seed 2: error: step 4: not finite: total" in text and "| cwd | 2 | 34.00 |" in text and "n=2" in text
-    assert "cwd,2,not done,,,,,,,,,,,,error: step 4: not finite: total" in (tmp_path / "results.csv").read_text()
+    assert "cwd,2,failed,,,,,,,,,,,,error: step 4: not finite: total" in (tmp_path / "results.csv").read_text()
 
 
 def test_without_the_baseline_the_first_arm_is_it(tmp_path):

@@ -84,8 +84,10 @@ def train(options: Options, device: torch.device) -> int | None:
         distiller = LabelAssisted(student, task, options.seed, options.compile)
     else:
         distiller = Distiller(student, task, methods, options.compile)
+    sizes = {"parameters": count_parameters(student), "extra_parameters": extra_parameters(distiller), "macs": macs(student, options),
+             "teacher_macs": macs(teacher_model, options) if teacher_model else 0}  # fmt: skip
     if options.dry_run:
-        logger.info("%s\n%s", option_table(options), describe(distiller, teacher_model, options, device))
+        logger.info("%s\n%s", option_table(options), describe(distiller, teacher_model, sizes, options, device))
         return
 
     selection = Split(options, options.spec.select_split, device)
@@ -104,11 +106,9 @@ def train(options: Options, device: torch.device) -> int | None:
         return
     if run.state is None:
         load_pretrained(student, options)
-    sizes = {"parameters": count_parameters(student), "extra_parameters": extra_parameters(distiller), "macs": macs(student, options),
-             "teacher_macs": macs(teacher_model, options) if teacher_model else 0}  # fmt: skip
     resumed = run.start(student.config, teacher_id, selection.names)
     logger.debug("%s", option_table(options))
-    logger.info("%s", describe(distiller, teacher_model, options, device))
+    logger.info("%s", describe(distiller, teacher_model, sizes, options, device))
 
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     distiller.to(device)
@@ -311,19 +311,18 @@ def macs(model, options: Options) -> int:
     return model.macs if isinstance(model, Foreign) else count_macs(model, *options.crop_size)
 
 
-def describe(distiller: Distiller, teacher, options: Options, device: torch.device) -> str:
-    """What is trained, in a few lines: networks with their size, terms with their weights, the ranks."""
+def describe(distiller: Distiller, teacher, sizes: dict, options: Options, device: torch.device) -> str:
+    """What is trained, in a few lines: networks with their size, terms with their weights, the ranks. `sizes`: as in report.json."""
     height, width = options.crop_size
 
-    def line(who, model):
+    def line(who, model, arithmetic):
         name = "-".join(filter(None, (model.config["model"], model.config["backbone"])))
-        parameters = count_parameters(model) / 1e6
-        return f"{who}: {name}, {parameters:.2f} M parameters, {macs(model, options) / 1e9:.2f} GMAC per {height}x{width} crop"
+        return f"{who}: {name}, {count_parameters(model) / 1e6:.2f} M parameters, {arithmetic / 1e9:.2f} GMAC per {height}x{width} crop"
 
-    lines = [line("student" if teacher else "network", distiller.student)]
+    lines = [line("student" if teacher else "network", distiller.student, sizes["macs"])]
     if teacher is not None:
-        lines.append(line("teacher", teacher))
-    extra = extra_parameters(distiller)
+        lines.append(line("teacher", teacher, sizes["teacher_macs"]))
+    extra = sizes["extra_parameters"]
     lines.append("loss: " + " + ".join(f"{value:g} {name}" for name, value in distiller.term_factors(0.0).items()))
     if extra:
         lines.append(f"the methods add {extra / 1e6:.2f} M parameters during training")

@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -64,23 +64,28 @@ def main(options, device) -> int:
         check_classes(model, options.checkpoint, spec)
     if output.is_dir():
         raise ValueError(f"--output {output}: is a folder; give the name of the file")
-    pictures = build_dataset(spec, options.data, options.split or spec.report_split) if options.check else None
-    calibration = build_dataset(spec, options.data, spec.train_split) if options.quantize else None
+    pictures = calibration = None
+    if options.check:
+        pictures = build_dataset(spec, options.data, options.split or spec.report_split)
+        check_sizes(pictures.items[: options.limit], options.size)
+    if options.quantize:
+        calibration = build_dataset(spec, options.data, spec.train_split)
+        calibration.items = spread(calibration.items, options.calibration)
+        check_sizes(calibration.items, options.size)
     logger.info("%s", found)
 
     network, folded = deployable(model)
     labeller = Labeller(network, options.scores).eval()
     metadata = describe(model, options) | {"batchnorms_folded": folded}
     if options.quantize:
-        numbers = spread(len(calibration), options.calibration)
-        metadata["quantization"] = {"kind": "int8", "calibration": {"dataset": spec.name, "split": spec.train_split, "pictures": len(numbers)}}
-        chosen = [picture_of(calibration, number, options.size)[0] for number in numbers]
+        used = {"dataset": spec.name, "split": spec.train_split, "pictures": len(calibration)}
+        metadata["quantization"] = {"kind": "int8", "calibration": used}
     start = time.perf_counter()
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         content = convert(labeller, options, metadata)
         if options.quantize:
-            content = quantized(content, chosen, metadata)
+            content = quantized(content, (picture_of(calibration, k, options.size)[0] for k in range(len(calibration))), metadata)
         replace_file(output, content)
     size = "any size" if options.size is None else "x".join(map(str, options.size))
     logger.info("%s: %.2f MB, pictures of %s, %d BatchNorms folded, %.0f s", output, len(content) / 1e6, size, folded, time.perf_counter() - start)
@@ -196,7 +201,7 @@ def with_metadata(proto, metadata: dict):
     return proto
 
 
-def quantized(content: bytes, pictures: list[np.ndarray], metadata: dict) -> bytes:
+def quantized(content: bytes, pictures: Iterable[np.ndarray], metadata: dict) -> bytes:
     """The ONNX file with convolutions in int8: one scale per output channel of a weight, one per activation from its smallest and largest
     value on the pictures. Everything else stays in float32: the normalisation of the picture and the upsampling of the scores, which decide
     more labels than they take time."""
@@ -205,7 +210,7 @@ def quantized(content: bytes, pictures: list[np.ndarray], metadata: dict) -> byt
 
     class Reader(CalibrationDataReader):
         def __init__(self):
-            self.images = iter(pictures)
+            self.images = iter(pictures)  # (1, 3, H, W) uint8
 
         def get_next(self):
             image = next(self.images, None)
@@ -238,7 +243,9 @@ def runner(options) -> Callable[[Tensor], tuple[Tensor, ...]]:
         settings.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         return lambda image: tuple(map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
-    run = torch.jit.load(path, map_location="cpu") if options.format == "torchscript" else torch.export.load(path).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = torch.jit.load(path, map_location="cpu") if options.format == "torchscript" else torch.export.load(path).module()
     return lambda image: tuple(result) if isinstance(result := run(image), (tuple, list)) else (result,)
 
 
@@ -313,25 +320,25 @@ def odd_parts(image: Tensor) -> list[Tensor]:
 
 
 def picture_of(pictures, number: int, size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Picture (1, 3, H, W) uint8 and labels (H, W); of a file of fixed size their upper left part.
-
-    Raises:
-        ValueError: the picture is smaller than that.
-    """
+    """Picture (1, 3, H, W) uint8 and labels (H, W); for a file of fixed size their upper left part."""
     image, target = pictures.read(number)
     if size is not None:
-        (height, width), there = size, image.shape[:2]
-        if height > there[0] or width > there[1]:
-            name = pictures.items[number].name
-            raise ValueError(f"--size {height} {width}: picture {name} has {there[0]} {there[1]}; choose at most that")
-        image, target = image[:height, :width], target[:height, :width]
+        image, target = image[: size[0], : size[1]], target[: size[0], : size[1]]
     return np.ascontiguousarray(image.transpose(2, 0, 1)[None]), np.ascontiguousarray(target)
 
 
-def spread(length: int, count: int) -> list[int]:
-    """`count` positions spread evenly over a list of the length: neighbours in a data set are often frames of one drive."""
-    count = min(count, length)
-    return [number * length // count for number in range(count)]
+def check_sizes(items, size: tuple[int, int] | None) -> None:
+    """ValueError where a picture is smaller than a file of fixed size takes."""
+    for item in items if size else ():
+        height, width = item.size()
+        if height < size[0] or width < size[1]:
+            raise ValueError(f"--size {size[0]} {size[1]}: picture {item.name} has {height} {width}; choose at most that")
+
+
+def spread(items: list, count: int) -> list:
+    """`count` items spread evenly over the list: neighbours in a data set are often frames of one drive."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def table(found: dict, size: int) -> str:

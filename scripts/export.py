@@ -64,6 +64,8 @@ def main(options, device) -> int:
         check_classes(model, options.checkpoint, spec)
     if output.is_dir():
         raise ValueError(f"--output {output}: is a folder; give the name of the file")
+    if output.exists() and output.samefile(options.checkpoint):
+        raise ValueError(f"--output {output}: is the checkpoint itself; choose another name")
     pictures = calibration = None
     if options.check:
         pictures = build_dataset(spec, options.data, options.split or spec.report_split)

@@ -25,7 +25,6 @@ from utils.metrics import Inference
 from utils.options import EXPORTS, export_options
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
-ENDINGS = dict(zip(EXPORTS, ("onnx", "pt2", "pt"), strict=True))
 SIZES = ((1, 64, 64), (1, 33, 130), (3, 71, 50))  # batch, height, width
 
 
@@ -69,8 +68,8 @@ def exported(folder):
         if kind == "onnx":
             needs_onnx()
         if kind not in paths:
-            assert run(folder, "--format", kind, "--scores", output=f"student.{ENDINGS[kind]}") == 0
-            paths[kind] = folder / f"student.{ENDINGS[kind]}"
+            assert run(folder, "--format", kind, "--scores", output=f"student{EXPORTS[kind]}") == 0
+            paths[kind] = folder / f"student{EXPORTS[kind]}"
         return paths[kind]
 
     return make
@@ -203,8 +202,10 @@ def test_a_checkpoint_of_torchvision(tmp_path):
 def test_refusals(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--output .*: is a folder; give the name of the file"):
         run(folder, "--format", "torchscript", output=".")
+    with pytest.raises(ValueError, match="student.pth: is the checkpoint itself; choose another name"):
+        run(folder, "--format", "torchscript", output="student.pth")
     with pytest.raises(ValueError, match="--size 100 80: picture .* has 96 96; choose at most that"):
-        run(folder, "--format", "torch.export", "--size", "100", "80", "--check")
+        run(folder, "--format", "torch.export", "--size", "100", "80", "--check", output="out.pt2")
     with pytest.raises(ValueError, match="student.pth has 8 classes, camvid has 11"):
         run(folder, "--format", "torchscript", "--dataset", "camvid")
     torch.manual_seed(0)
@@ -221,8 +222,8 @@ def test_refusals(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.export, "export", fails)
     for kind, remedy in (("torchscript", "choose another --format"), ("torch.export", "choose another --format, or fix the size with --size HEIGHT")):
         with pytest.raises(ValueError, match=rf"^pspnet on mobilenetv2 cannot be exported to {kind} \(no such operation\); {remedy}"):
-            run(folder, "--format", kind, output="none.pt")
-    assert not (folder / "none.pt").exists()
+            run(folder, "--format", kind, output="none")
+    assert not (folder / "none").exists()
 
 
 @pytest.mark.parametrize("name", export.PACKAGES)
@@ -245,6 +246,7 @@ WRONG = {
     "three": (("--size", "64", "64", "64"), "--size 64 64 64: give one number, or height and width"),
     "folder": (("--check", "--dataset", "camvid"), "--data is missing: the folder of camvid"),
     "drawn": (("--check", "--data", "somewhere"), "--data somewhere: shapes has no files"),
+    "ending": (("--format", "torchscript"), "--output out.onnx: ends like a file of --format onnx, --format is torchscript; change one"),
     "nowhere": (("--format", "tflite"), "invalid choice: 'tflite'"),
 }
 
@@ -253,7 +255,8 @@ WRONG = {
 def test_flags_that_nobody_reads(folder, case, capsys):
     flags, message = WRONG[case]
     with pytest.raises(SystemExit) as end:
-        export_options(["--checkpoint", str(folder / "student.pth"), "--output", "out.onnx", *flags], description="")
+        output = "out.onnx" if case == "ending" else "out"
+        export_options(["--checkpoint", str(folder / "student.pth"), "--output", output, *flags], description="")
     assert end.value.code == 2 and message in (text := capsys.readouterr().err) and text.count("\n") == 1
 
 

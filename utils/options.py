@@ -23,7 +23,7 @@ SYNONYMS = {  # what other codebases call it
     "--steps": ["--max-iterations"], "--epochs": ["--max-iterations"], "--learning-rate": ["--lr"], "--output-dir": ["--save-dir"],
 }  # fmt: skip
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
-EXPORTS = ("onnx", "torch.export", "torchscript")
+EXPORTS = {"onnx": ".onnx", "torch.export": ".pt2", "torchscript": ".pt"}  # kinds of exported files, and how they usually end
 METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
@@ -315,7 +315,7 @@ def export_options(argv=None, *, description: str) -> Options:
     _add_weights(parser)
     group, add = parser.add_argument_group("file"), parser.add
     add(group, "output", None, "the file to write; FILE.json comes beside it", type=str, required=True)
-    add(group, "format", "onnx", "kind of file", choices=EXPORTS)
+    add(group, "format", "onnx", "kind of file", choices=tuple(EXPORTS))
     add(group, "scores", False, "a second output: the class scores at the model's stride, float32")
     add(group, "size", None, "one number, or height and width, that all pictures have; none: any size", type=int, nargs="+", minimum=32)
     add(group, "quantize", None, "convolutions in int8, of onnx alone", choices=("int8",))
@@ -337,6 +337,9 @@ def _resolve_export(parser, given: dict) -> Options:
         if name in given and not reader:
             readers = {"calibration": "--quantize int8", "data": "--check or --quantize int8"}.get(name, "--check")
             raise ValueError(f"--{name} {given[name]} is read by {readers} alone; add it, or drop the flag")
+    meant = next((name for name, ending in EXPORTS.items() if given["output"].endswith(ending)), kind)
+    if meant != kind:
+        raise ValueError(f"--output {given['output']}: ends like a file of --format {meant}, --format is {kind}; change one of them")
     if quantize and kind != "onnx":
         raise ValueError(f"--quantize {quantize} makes files of --format onnx, --format is {kind}; choose onnx, or drop the flag")
     if "size" in given and kind == "torchscript":

@@ -25,21 +25,21 @@ from PIL import Image
 import eval as evaluation
 from dataset import prepare, shapes
 from models import build_model
-from scripts import compare, summary
+from scripts import compare, export, predict, profile, summary
 from tests.faults import camvid
 from tests.paths import REPOSITORY
 from tests.test_scripts import command_of
 from tests.workers import save_model
 from utils import session
-from utils.options import eval_options, train_options
+from utils.options import eval_options, export_options, predict_options, profile_options, train_options
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 LANGUAGES = ("sh", "text", "python", "console")
 PROGRAMS = ("python", "bash", "torchrun", "sbatch", "git", "pip", "source", "cd", "ruff", "grep")
-COMING = ("predict", "export", "profile", "plot", "similarity")  # tools that may be absent for now
 # placeholder -> what stands for it in the folder where the commands run
 SUBSTITUTIONS = {
     "DIR": "camvid", "FILE": "camvid.pth", "NAME": "camvid", "mine": "mine", "weights.pth": "foreign.pth", "SBD": "sbd", "MANIFEST": "manifest.json",
+    "pictures": "mine/images/val", "PICTURE": "mine/images/val/0.jpg", "512x1024": "64x64",
     "deeplabv3_resnet101_coco-586e9e4e.pth": "whole.pth", "my_package.my_module:build": "my_module:build",
 }  # fmt: skip
 # flag -> the value that makes a training end in seconds; they replace what a command says and are added where it says nothing
@@ -164,13 +164,11 @@ def small(arguments: list[str], distil: bool) -> list[str]:
 
 
 @functools.cache
-def flags_of(target: str) -> set[str] | None:
-    """The flags that the --help of a script or module lists; None where a tool is to come."""
+def flags_of(target: str) -> set[str]:
+    """The flags that the --help of a script or module lists."""
     if target.startswith("-m "):
         module = target.removeprefix("-m ")
-        if importlib.util.find_spec(module) is None:
-            assert module.removeprefix("scripts.") in COMING, f"there is no module {module}"
-            return None
+        assert importlib.util.find_spec(module), f"there is no module {module}"
         run = functools.partial(runpy.run_module, module)
     else:
         run = functools.partial(runpy.run_path, str(REPOSITORY / target))
@@ -188,8 +186,6 @@ def flags_of(target: str) -> set[str] | None:
 
 def check_flags(target: str, arguments: list[str]) -> None:
     flags = flags_of(target)
-    if flags is None:
-        pytest.skip(f"{target} is to come")
     unknown = [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in flags and word != "--help"]
     assert not unknown, f"{target} has no {unknown}"
 
@@ -224,7 +220,8 @@ def check(command: str, stub: Path) -> None:
             assert words[first] == "scripts/slurm.sh" and "SAVE_DIR" in variables
             check_script(variables, f"scripts/{words[first + 1]}", words[first + 2 :], stub)
     elif program == "pip":
-        assert words[1:3] == ["install", "-r"] and (REPOSITORY / words[3]).is_file()
+        known = re.findall(r"^[\w-]+", (REPOSITORY / "requirements-dev.txt").read_text(), re.M)
+        assert words[1] == "install" and (words[2] == "-r" and (REPOSITORY / words[3]).is_file() or {*words[2:]} <= {*known}), words
     elif program == "git":
         assert words[1] == "clone" and len(words) == 3
     else:
@@ -277,9 +274,10 @@ def test_command_is_legal(page, command, workplace, stub):
 
 
 @pytest.mark.parametrize("command", [
-    "make all", "python train_kd.py --method kd --epochs 3", "python -m scripts.nothing", "python -m scripts.submit --file x", "bash scripts/none.sh",
+    "make all", "pip install none", "cd elsewhere", "python train_kd.py --method kd --epochs 3", "python -m scripts.nothing",
+    "python -m scripts.submit --file x", "bash scripts/none.sh",
     "sbatch --partition gpu scripts/slurm.sh train_kd.sh", "bash scripts/test.sh tests/test_nothing.py", "python eval.py --checkpoints FILE",
-    "python -m scripts.compare --output x --methods none kd -- --no-such-flag 3", "cd elsewhere",
+    "python -m scripts.compare --output x --methods none kd -- --no-such-flag 3",
     "METHOD=none DATASET=shapes bash scripts/train_kd.sh",
 ])  # fmt: skip
 def test_a_wrong_command_fails(command, workplace, stub, capsys):
@@ -290,8 +288,9 @@ def test_a_wrong_command_fails(command, workplace, stub, capsys):
 
 def test_flags_in_the_text_exist(workplace):
     """Every flag in backticks is one of some script's."""
-    targets = ["train_baseline.py", "train_kd.py", "eval.py", "-m dataset.prepare", "-m scripts.compare", "-m losses", "-m scripts.submit"]
-    known = {"--tensorboard", "--nproc-per-node", "--slow", "--signal", "--requeue", "--epochs"}.union(*map(flags_of, targets))
+    targets = ["train_baseline.py", "train_kd.py", "eval.py", "-m dataset.prepare", "-m scripts.compare", "-m losses", "-m scripts.submit",
+               "-m scripts.predict", "-m scripts.export", "-m scripts.similarity"]  # fmt: skip
+    known = {"--nproc-per-node", "--slow", "--signal", "--requeue", "--epochs"}.union(*map(flags_of, targets))
     for page in PAGES:
         text = re.sub(r"^ *```\w*\n.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
         said = {flag for code in re.findall(r"`([^`]+)`", text) for flag in re.findall(r"(?:^|\s)(--[a-z][\w-]*)", code)}
@@ -315,8 +314,8 @@ def test_links_lead_somewhere():
 # ------------------------------------------------------------------------------------------------------------------- for real
 
 
-def run(command: str) -> bool:
-    """Run a training, an evaluation, a check of data or a summary; False for what is not run here."""
+def run(command: str, slow: bool) -> bool:
+    """Run a training, an evaluation, a check of data, a tool; False for what is not run here. An export takes a minute: with --slow alone."""
     _, words = split(command)
     if words[0] != "python" or "..." in words:
         return False
@@ -337,18 +336,32 @@ def run(command: str) -> bool:
     elif target == "-m scripts.summary" and "..." not in command:
         sys.argv = ["summary", *given]
         summary.main()
+    elif target == "-m scripts.predict":
+        options = predict_options([*given, "--device", "cpu"], description="")
+        shutil.rmtree(options.output, ignore_errors=True)
+        assert not predict.main(options, device) and len(list(Path(options.output).rglob("*.png"))) == 3  # two pictures and the legend
+    elif target == "-m scripts.profile":
+        profile.main(profile_options([*given, "--repeats", "1", "--warmup", "0", "--device", "cpu"], description=""), device)
+    elif target in ("-m scripts.plot", "-m scripts.similarity"):
+        Path(given[-1]).unlink(missing_ok=True)
+        importlib.import_module(target.removeprefix("-m ")).main(given)
+        assert given[-2] == "--output" and Path(given[-1]).stat().st_size
+    elif target == "-m scripts.export" and slow:
+        pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+        assert export.main(export_options(given, description=""), device) == 0
     else:
         return False
     return True
 
 
-@pytest.mark.parametrize(("page", "expected"), [("README.md", 12), ("docs/own_data.md", 9)])
-def test_commands_run_in_their_order(page, expected, workplace, monkeypatch):
+@pytest.mark.parametrize(("page", "expected", "exports"), [("README.md", 17, 1), ("docs/own_data.md", 10, 1)])
+def test_commands_run_in_their_order(page, expected, exports, workplace, monkeypatch, request):
     """From the first to the last, as a reader pastes them: what one makes the next one finds."""
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(session, "set_deterministic", lambda options: None)
-    done = [command for command in commands((REPOSITORY / page).read_text(encoding="utf-8")) if run(command)]
-    assert len(done) == expected, done
+    slow = request.config.getoption("--slow")
+    done = [command for command in commands((REPOSITORY / page).read_text(encoding="utf-8")) if run(command, slow)]
+    assert len(done) == expected + exports * slow, done
     python = [content for language, content in blocks((REPOSITORY / page).read_text(encoding="utf-8")) if language == "python"]
     for content in python:
         before = {path: np.array(Image.open(path)) for path in Path("mine/labels").rglob("*.png")}

@@ -77,7 +77,10 @@ def _files(root: Path, folder: str, endings: tuple[str, ...]) -> dict[str, list[
     """
     top = os.path.join(root, folder)
     found: dict[str, list[tuple[str, str]]] = {}
-    for parent, _, names in os.walk(top, followlinks=True):
+    for parent, folders, names in os.walk(top, followlinks=True):
+        here = os.path.realpath(parent)
+        # a link to a folder that it lies in would show every file 40 times, which is where Linux gives up
+        folders[:] = [name for name in folders if not f"{here}/".startswith(f"{os.path.realpath(os.path.join(parent, name))}/")]
         for name in names:
             ending = next((e for e in endings if name.lower().endswith(e.lower())), None)
             if ending is not None and not name.startswith("."):

@@ -78,7 +78,7 @@ def read_manifest(path: Path, spec: Spec) -> dict:
         sound = sound and isinstance(content["dataset"], str) and all(isinstance(name, str) for name in content["classes"])
     except OSError as error:
         raise DataError(f"{path}: manifest cannot be read ({error.strerror}); write one with --manifest") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise DataError(f"{path}: no manifest of this version ({FORMAT}); write one with --manifest")

@@ -25,6 +25,7 @@ from dataset.parallel import cores, in_processes
 from dataset.reading import IGNORE, DataError
 from dataset.specs import ALIASES, SPECS, Spec, get_spec
 from dataset.verified import Verified
+from utils.log import escape_names
 
 FOLDER = ".segkd-prepare"  # in the data's folder
 
@@ -166,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--manifest", type=Path, metavar="FILE", help="write size and SHA-256 of every file and the pixels per class, where all is sound")
     add("--verify", type=Path, metavar="FILE", help="compare the files with a manifest instead of checking them")
     options = parser.parse_args(arguments)
+    escape_names()
     if options.workers < 1:
         parser.error(f"--workers {options.workers}: must be at least 1")
     if options.sbd and not options.convert:

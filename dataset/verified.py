@@ -38,7 +38,7 @@ class Verified:
                 for value, count in record["pixels"].items():
                     pixels[int(value)] = count
                 self._known[json.dumps(record["key"])] = (width, height), pixels
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
                 continue  # cut off or damaged: the picture is read again
         if content and not content.endswith(b"\n"):
             self._file.write(b"\n")

@@ -50,6 +50,10 @@ class Foreign(Normalized):
                 raise ValueError(f"--teacher-layers {field}={layer}: {name} has no layer {layer!r}; near it: {', '.join(close)}")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             maps = self.maps(torch.zeros(1, 3, *size), {"logits", *layers})
+        for field, value in maps.items():
+            self.check_order(field, value.shape, size)
+            if not value.isfinite().all():
+                raise ValueError(f"{name}: {self.who(field)} gives NaN or infinite values for {field!r} from a black picture; mend its weights")
         self.macs = counter.get_total_flops() // 2  # torch counts two per multiply-add
         self.channels = Channels({field: maps[field].shape[1] for field in FIELDS if field in maps})
         self.num_classes = self.channels["logits"]
@@ -72,12 +76,32 @@ class Foreign(Normalized):
         if isinstance(value, Tensor) and value.dim() == 4:
             return value
         found = "nothing" if found is None else f"a {type(found).__name__}" + (f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "")
-        who = f"layer {self.layers[field]}" if field in self.layers else "the network"
-        raise ValueError(f"{self.config['model']}: {who} gives {found} for {field!r}, not (B, C, h, w); give another --teacher-layers {field}=LAYER")
+        raise ValueError(
+            f"{self.config['model']}: {self.who(field)} gives {found} for {field!r}, not (B, C, h, w); give another --teacher-layers {field}=LAYER"
+        )
+
+    def who(self, field: str) -> str:
+        """What gives a field, for messages."""
+        return f"layer {self.layers[field]}" if field in self.layers else "the network"
+
+    def check_order(self, field: str, shape: tuple[int, ...], size: tuple[int, int]) -> None:
+        """ValueError where a map has the sides of a picture of this size in the places of channels and rows, and not in those of sides."""
+        if not proportional(shape[2:], size) and proportional(shape[1:3], size):
+            remedy = "give a layer that comes before or after" if field in self.layers else "return permute(0, 3, 1, 2) of it"
+            raise ValueError(
+                f"{self.config['model']}: {self.who(field)} gives {tuple(shape)} for {field!r} from a picture of {size[0]}x{size[1]}: "
+                f"(B, h, w, C), not (B, C, h, w); {remedy}"
+            )
 
     def forward(self, image: Tensor, needs: Iterable[str] = ("logits",)) -> SegOutput:
         """(B, 3, H, W) uint8 or float, RGB in 0..255 -> SegOutput with the fields that are named in `needs`."""
         return SegOutput(**self.maps(image, set(needs)))
+
+
+def proportional(sides: tuple[int, ...], size: tuple[int, int]) -> bool:
+    """Whether a map's height and width are a picture's, both divided by one stride; a row or a column may come from rounding or padding."""
+    (height, width), (rows, columns) = size, sides
+    return abs(rows * width / height - columns) <= 1 + width / height
 
 
 class Channels(dict):

@@ -40,7 +40,8 @@ class Torchrun:
         limit = time.monotonic() + timeout
         while self.text.count(words) < count:
             assert self.process.poll() is None or self.text.count(words) >= count, f"ended without {words!r}:\n{self.text}"
-            assert time.monotonic() < limit, f"no {words!r} after {timeout} s:\n{self.text}"
+            if time.monotonic() > limit:
+                self.give_up(f"no {words!r} after {timeout} s")
             time.sleep(0.01)
 
     def wait_for_lines(self, words: str, count: int) -> None:
@@ -68,10 +69,14 @@ class Torchrun:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            for process in [*self.ranks().values(), self.process.pid]:
-                os.kill(process, signal.SIGKILL)
-            self.process.wait()
-            pytest.fail(f"torchrun did not end in {timeout} s:\n{self.text}")
+            self.give_up(f"torchrun did not end in {timeout} s")
+
+    def give_up(self, reason: str) -> None:
+        """End torchrun with its ranks, which would go on for ever, and fail."""
+        for process in [*self.ranks().values(), self.process.pid]:
+            os.kill(process, signal.SIGKILL)
+        self.process.wait()
+        pytest.fail(f"{reason}:\n{self.text}")
 
 
 def children(process: int) -> list[int]:

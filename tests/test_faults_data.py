@@ -21,6 +21,7 @@ from models import SegOutput
 from tests.faults import camvid, children, corrupted, encoded, wait_for
 from tests.paths import REPOSITORY
 from tests.workers import RUN, TINY, script
+from utils import log
 from utils.metrics import Inference, Scores, confusion
 
 SIZE = (60, 80)
@@ -255,6 +256,77 @@ def test_one_extra_draw_breaks_a_resume_that_restores_the_generator(fault):
         next(iter(build_loader(data, EndlessSampler(len(data), 2))))
     steps(resumed, 3)
     assert torch.equal(resumed.weight, whole.weight) == (fault in ("none", "this project's loader"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- names
+
+NAMES = [b"two\nlines", b"com,ma", "\u00fcml\u00e4ut".encode(), b"latin\xff1", b"tab\t x", b" lead", b"{id}", b"%s", b"a\"b'c", b"x" * 200,
+         b"dot.", b"a.b.c", b"*?[x]", b"-rf", b"$HOME"]  # fmt: skip
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A split with pictures of every name that a file can have."""
+    camvid(tmp_path, "val", 1)
+    for name in NAMES:
+        for folder in ("val", "valannot"):
+            shutil.copyfile(tmp_path / folder / "0000.png", os.fsencode(tmp_path / folder) + b"/" + name + b".png")
+    return tmp_path
+
+
+def test_names_may_be_any_bytes(named):
+    data = build_dataset("camvid", named, "val")
+    assert {os.fsencode(item.name) for item in data.items} == {b"0000", *NAMES}
+    seen = [name for batch in build_loader(data, EvalSampler(len(data)), workers=0) for name in batch.names]
+    assert sorted(map(os.fsencode, seen)) == sorted([b"0000", *NAMES])
+    for name in NAMES:
+        os.truncate(os.fsencode(named / "valannot") + b"/" + name + b".png", 20)
+    code = f"import sys; from dataset.prepare import main; sys.exit(main(['camvid', '--data', {str(named)!r}, '--split', 'val', '--workers', '1']))"
+    variables = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True)
+    output = done.stdout.decode()
+    assert done.returncode == 1 and output.count("problem: ") == len(NAMES) and not done.stderr, done.stderr
+    assert "latin\\udcff1.png: label cannot be read" in output or "latin\\udcff1.png: label is damaged" in output
+
+
+def test_a_log_shows_any_name(tmp_path, monkeypatch):
+    """An error of one handler would be a traceback, and the line lost."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    try:
+        log.setup(tmp_path)
+        log.logger.info("look at %s", os.fsdecode(b"latin\xff1.png"))
+    finally:
+        monkeypatch.undo()
+        log.setup()
+    stream.flush()
+    assert stream.buffer.getvalue() == b"look at latin\\udcff1.png\n" and "latin\\udcff1.png" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+def test_linked_folders_are_read_and_loops_are_not(tmp_path):
+    """A link to the folder that it lies in showed every picture 41 times (Linux follows 40 links)."""
+    data = camvid(tmp_path / "disk", "val", 3)
+    for folder in ("val", "valannot"):
+        (data / folder / "more").mkdir()
+        shutil.copyfile(data / folder / "0000.png", data / folder / "more" / "a.png")
+    whole = {item.name for item in build_dataset("camvid", data, "val").items}
+    assert whole == {"0000", "0001", "0002", "more/a"}
+    for folder in ("val", "valannot"):
+        (data / folder / "loop").symlink_to(data / folder)
+        (data / folder / "more" / "up").symlink_to("..")
+        (data / folder / "broken").symlink_to(data / "nowhere")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for folder in ("val", "valannot"):
+        (linked / folder).symlink_to(data / folder)
+    for root in (data, linked):
+        assert {item.name for item in build_dataset("camvid", root, "val").items} == whole
+    for folder, other in (("val", "pictures"), ("valannot", "labels")):  # a link to another disk is followed
+        (tmp_path / other).mkdir()
+        shutil.copyfile(data / folder / "0000.png", tmp_path / other / "b.png")
+        (data / folder / "elsewhere").symlink_to(tmp_path / other)
+    assert {item.name for item in build_dataset("camvid", data, "val").items} == whole | {"elsewhere/b"}
 
 
 # ------------------------------------------------------------------------------------------------------------------ slow

@@ -10,20 +10,21 @@ import random
 import re
 import signal
 import time
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from dataset import Batch
+from dataset import Batch, shapes
 from losses import METHODS, Setup, build_methods, resolve
 from losses.task import TaskLoss
 from models import SegOutput
 from tests.faults import Torchrun, alive
 from tests.test_resume import differences, stop_in_validation, stopped_after
 from tests.workers import RUN, TINY, TINY_STUDENT, distil, on_ranks, save_model, train
-from utils import distributed
+from utils import distributed, session
 from utils.distill import Distiller, Teacher
 from utils.engine import Training, train_step
 from utils.optim import build_optimizers
@@ -187,6 +188,56 @@ def test_unlogged_rows_of_all_ranks_are_saved(tmp_path):
     training, _ = prepared("kd")
     training.record.restore(first["saved"], CPU)  # on one rank: their mean
     assert training.record.means()["loss"] == 10.5
+
+
+def wait_for_rank_0() -> dict:
+    """Rank 0 works for 2 seconds while the other waits in the group of long waits, whose limit is then the real one, then 1 second."""
+    distributed.PATIENCE, real = timedelta(seconds=1), distributed.PATIENCE
+    told, impatient = [], distributed.patient_gather()
+    distributed.PATIENCE = real
+    for gather in (distributed.patient_gather(), impatient):
+        if distributed.rank() == 0:
+            time.sleep(2)
+        try:
+            told.append(" ".join(gather(f"rank {distributed.rank()}")))
+        except RuntimeError as error:
+            told.append("lost" if distributed.lost_peer(error) else str(error))
+    return {"told": told, "limit": real.total_seconds()}
+
+
+def test_ranks_wait_for_what_takes_one_of_them_long(tmp_path):
+    """As the first of a node does that decodes pictures for --cache; and the negative control, a group that gives up before."""
+    for found in on_ranks(wait_for_rank_0, 2, tmp_path / "console.txt"):
+        assert found == {"told": ["rank 0 rank 1", "lost"], "limit": 2 * 24 * 3600}
+
+
+def differ_between_ranks(folder: Path) -> list[str]:
+    """What a training says on a rank that has another teacher, and on one that has other pictures."""
+    os.chdir(folder)
+    told, rank = [], distributed.rank()
+    for teacher, name in ((f"teacher {rank}.pth", "train"), ("teacher 0.pth", "train"), ("teacher 0.pth", "val")):
+        shapes.COUNTS.update(train=8, val=2, test=2)
+        shapes.COUNTS[name] += rank if told else 0
+        given = ["--method", "kd", "--teacher-checkpoint", teacher, *TINY_STUDENT, *RUN, "--max-iterations", "1", "--save-dir", "run"]
+        try:
+            session.train(train_options(given, distil=True, description=""), CPU)
+            told.append("trained")
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def test_ranks_with_other_files_do_not_start(tmp_path):
+    """Nodes without a shared disk: another teacher under the same path, a picture more; all ranks say which has what."""
+    for rank in (0, 1):
+        save_model(tmp_path / f"teacher {rank}.pth", rank)
+    first, second = on_ranks(partial(differ_between_ranks, tmp_path), 2, tmp_path / "console.txt")
+    assert first == second and len(first) == 3
+    assert re.fullmatch(r"ranks differ in the teacher \(rank 0: \w{16}, rank 1: \w{16}\); give all nodes the same file", first[0])
+    for told, split, count in ((first[1], "train", 8), (first[2], "val", 2)):
+        found = rf"ranks differ in the pictures of {split} \(rank 0: {count} \(\w{{8}}\), rank 1: {count + 1} \(\w{{8}}\)\); "
+        assert re.fullmatch(found + "give all nodes the same data", told), told
+    assert not (tmp_path / "run").exists()
 
 
 # ----------------------------------------------------------------------------------------------------- killed and restarted

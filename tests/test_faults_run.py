@@ -273,6 +273,53 @@ def test_a_resume_needs_no_file_of_initial_weights(tmp_path, monkeypatch):
     assert not (tmp_path / "new" / "run" / "args.json").exists()
 
 
+@pytest.mark.parametrize("garbage", [b"\xff\xfe\n", b"5\n", b'"step"\n', b'{"loss": 1}\n', b'{"step": "x"}\n', b"\0" * 500 + b"\n",
+                                     b"[" * 100_000 + b"\n", b'{"step": 3, "lo'], ids=lambda value: repr(value[:12]))  # fmt: skip
+def test_metrics_that_are_damaged_cost_those_rows(garbage, tmp_path):
+    """What a loss of power or an editor has left among them; the sound rows stay."""
+    training, teacher, run = prepared(tmp_path, "--log-interval", "1")
+    assert not fit(training, teacher, stop_at(3, batches()), run, scores)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(True)
+    path.write_bytes(b"".join([lines[0], garbage, b"\n", *lines[1:], garbage]))
+    (tmp_path / "args.json").write_bytes(garbage)  # written anew, never read
+    training, teacher, run = prepared(tmp_path, "--log-interval", "1", "--resume")
+    assert path.read_bytes() == b"".join(lines) and training.step == 4
+    assert fit(training, teacher, batches(4), run, scores)
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [*range(1, 11)]
+    assert json.loads((tmp_path / "args.json").read_text())["options"]["log_interval"] == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- teachers
+
+
+def teacher_options(folder: Path):
+    given = ["--method", "kd", "--teacher-checkpoint", folder / "teacher.pth", "--dataset", "shapes", "--max-iterations", "1", "--save-dir", "run"]
+    return train_options([str(word) for word in given], distil=True, description="")
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to"])
+def test_a_teacher_that_changes_while_it_is_read_is_refused(how, tmp_path, monkeypatch):
+    """Its hash would be that of another network than the one that teaches."""
+    save_model(tmp_path / "teacher.pth", 1)
+    save_model(tmp_path / "other.pth", 2)
+    read = session.model_from_checkpoint
+
+    def and_change(path, **options):
+        found = read(path, **options)
+        if how == "replaced":
+            os.replace(tmp_path / "other.pth", path)
+        else:
+            Path(path).write_bytes((tmp_path / "other.pth").read_bytes())
+        return found
+
+    _, before = session.build_teacher(teacher_options(tmp_path))
+    assert before == {"file": "teacher.pth", "sha256": checkpoint.fingerprint(tmp_path / "teacher.pth")}
+    monkeypatch.setattr(session, "model_from_checkpoint", and_change)
+    with pytest.raises(ValueError, match="teacher.pth: was replaced while it was read; start again when it is complete"):
+        session.build_teacher(teacher_options(tmp_path))
+
+
 # ------------------------------------------------------------------------------------------------------------ full disks
 
 

@@ -1,6 +1,7 @@
 """Teachers that are built elsewhere: a function of the user's, layers by name."""
 
 import json
+import math
 import sys
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from models import build_model
 from models.fold import fold_batchnorm
-from models.foreign import Foreign, build_foreign
+from models.foreign import Foreign, build_foreign, proportional
 from tests.test_pairs import CLASSES, failures
 from tests.workers import RUN, TINY_STUDENT, script
 from utils import session
@@ -208,6 +209,48 @@ def test_bad_layers(layers, message, somebodys):
         session.build_teacher(options_of("--method", "kd", "--teacher-model", "somebody.nets:build", "--teacher-layers", *layers))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert session.explain(error.value) == str(error.value)
+
+
+class Turned(nn.Module):
+    """Channels last inside, as in many networks from elsewhere; what it returns is turned back, or not."""
+
+    def __init__(self, back: bool):
+        super().__init__()
+        self.back, self.scores, self.last = back, nn.Conv2d(3, 8, 3, 8, 1), nn.Identity()
+
+    def forward(self, x):
+        found = self.last(self.scores(x).permute(0, 2, 3, 1))
+        return found.permute(0, 3, 1, 2) if self.back else found
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (65, 97), (360, 480)], ids=str)
+def test_maps_with_the_channels_last_are_refused(size):
+    """Their height would be taken for the number of channels."""
+    rows, columns = (-(-side // 8) for side in size)
+    told = rf"gives \(1, {rows}, {columns}, 8\) for '{{}}' from a picture of {size[0]}x{size[1]}: \(B, h, w, C\), not \(B, C, h, w\); "
+    if (rows, columns) != (8, 8):  # then nothing tells them apart
+        with pytest.raises(ValueError, match="x:y: the network " + told.format("logits") + r"return permute\(0, 3, 1, 2\) of it"):
+            Foreign(Turned(False), "x:y", {}, size)
+        with pytest.raises(ValueError, match="x:y: layer last " + told.format("c4") + "give a layer that comes before or after"):
+            Foreign(Turned(True), "x:y", {"c4": "last"}, size)
+    assert Foreign(Turned(True), "x:y", {"c4": "scores"}, size).channels == {"c4": 8, "logits": 8}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_network_that_gives_no_numbers_is_refused(value):
+    net = Turned(True)
+    torch.nn.init.constant_(net.scores.bias, value)
+    with pytest.raises(ValueError, match="x:y: the network gives NaN or infinite values for 'logits' from a black picture; mend its weights"):
+        Foreign(net, "x:y", {}, (64, 64))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 7, 16, 32, 1000])
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (360, 480), (512, 1024), (1024, 512)])
+def test_maps_of_any_stride_are_taken(stride, size):
+    """Sides rounded up, down or to the next, and padded."""
+    for rounded in (math.ceil, math.floor, round, lambda side: side // 1 + 1):
+        rows, columns = (max(1, rounded(side / stride)) for side in size)
+        assert proportional((rows, columns), size)
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,15 @@ def load_last(path: Path, warn) -> dict | None:
     return None
 
 
+def stamp(path: Path) -> tuple | None:
+    """What changes when a file is replaced or written to; None where there is none."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
 def fingerprint_tensors(state: dict[str, torch.Tensor]) -> str:
     """SHA-256 of names and values: how a run names a teacher that is in no file."""
     digest = hashlib.sha256()

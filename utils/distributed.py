@@ -4,10 +4,13 @@ import os
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+PATIENCE = timedelta(days=2)  # for work of one rank that the others wait for
 
 
 def launched() -> bool:
@@ -106,22 +109,36 @@ def from_main(value):
     return type(value)(tensor.item())
 
 
-def gather_text(text: str, limit: int = 2000) -> list[str]:
+def gather_text(text: str, limit: int = 2000, group=None) -> list[str]:
     """One string per rank, on every rank; cut to `limit` bytes."""
     if world() == 1:
         return [text]
-    data = text.encode()[:limit]
+    data = text.encode(errors="backslashreplace")[:limit]  # names of files may be no text
     row = torch.zeros(limit, dtype=torch.uint8)
     row[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else row[:0]
-    return [bytes(r.tolist()).rstrip(b"\0").decode(errors="replace") for r in gather(row[None])]
+    return [bytes(r.tolist()).rstrip(b"\0").decode(errors="replace") for r in gather(row[None], group)]
 
 
-def gather(tensor: Tensor) -> Tensor:
+def patient_gather():
+    """`gather_text` of ranks that wait for each other for PATIENCE instead of --dist-timeout, while one of them works for hours; one that
+    ends is noticed at once all the same, by its closed connection. To be called on every rank."""
+    return partial(gather_text, group=dist.new_group(timeout=PATIENCE, backend="gloo") if world() > 1 else None)
+
+
+def check_equal(what: str, value: str, remedy: str) -> None:
+    """ValueError on every rank where the ranks' values differ: nodes may have other files under one path."""
+    found = gather_text(value)
+    if len(set(found)) > 1:
+        listed = ", ".join(f"rank {number}: {text}" for number, text in enumerate(found) if text not in found[:number])
+        raise ValueError(f"ranks differ in {what} ({listed}); {remedy}")
+
+
+def gather(tensor: Tensor, group=None) -> Tensor:
     """Tensors of all ranks, equal in shape, concatenated along the first dimension in rank order. Carries no gradient."""
     if world() == 1:
         return tensor.detach()
     parts = [torch.empty_like(tensor) for _ in range(world())]
-    dist.all_gather(parts, tensor.detach().contiguous())
+    dist.all_gather(parts, tensor.detach().contiguous(), group=group)
     return torch.cat(parts)
 
 

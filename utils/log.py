@@ -33,6 +33,7 @@ class _LogFile(logging.FileHandler):
 
 def setup(folder: Path | None = None) -> logging.Logger:
     """Log to the console, and with more detail to `folder`/log.txt when given; ranks other than 0 log warnings alone, to the console."""
+    escape_names()
     for handler in [*logger.handlers]:
         logger.removeHandler(handler)
         handler.close()
@@ -45,10 +46,17 @@ def setup(folder: Path | None = None) -> logging.Logger:
     console.setFormatter(logging.Formatter(prefix + "%(message)s"))
     logger.addHandler(console)
     if main and folder is not None:
-        file = _LogFile(folder / "log.txt", encoding="utf-8")
+        file = _LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
         logger.addHandler(file)
     return logger
+
+
+def escape_names() -> None:
+    """Show names of files that are no text instead of ending with a traceback: on Linux a name is any bytes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

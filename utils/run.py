@@ -220,12 +220,13 @@ class Run:
         """
         path = self.folder / "metrics.jsonl"
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line that was cut off by a kill
-            if row["step"] <= (validated if "val/mIoU" in row else step):
+                kept = row["step"] <= (validated if "val/mIoU" in row else step)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # cut off by a kill, or what a loss of power has left
+            if kept:
                 rows.append(row)
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         table = self.folder / "metrics.csv"

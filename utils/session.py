@@ -1,5 +1,6 @@
 """Wiring: from options to a finished training. Both training scripts are this one function with other options."""
 
+import hashlib
 import json
 import os
 import signal
@@ -70,6 +71,7 @@ def train(options: Options, device: torch.device) -> int | None:
     torch.manual_seed(options.seed)
     student = build_student(options)
     teacher_model, teacher_id = build_teacher(options)
+    distributed.check_equal("the teacher", teacher_id["sha256"][:16] if teacher_id else "none", "give all nodes the same file")
     setup = Setup(
         student=student.channels, teacher=teacher_model.channels if teacher_model else {}, num_classes=student.num_classes,
         crop=options.crop_size, global_batch=options.batch_size // options.accumulate,
@@ -94,6 +96,9 @@ def train(options: Options, device: torch.device) -> int | None:
     reported = selection if options.spec.report_split == options.spec.select_split else Split(options, options.spec.report_split, device)
     spec = options.spec
     pictures = build_dataset(spec, options.data, spec.train_split, augment=spec.augment(options.crop_size), seed=options.seed)
+    for part in (pictures, selection.pictures, reported.pictures):
+        names = hashlib.sha256("\n".join(item.name for item in part.items).encode(errors="surrogateescape")).hexdigest()[:8]
+        distributed.check_equal(f"the pictures of {part.split}", f"{len(part)} ({names})", "give all nodes the same data")
     sampler = EndlessSampler(
         len(pictures), options.batch_size, rank=distributed.rank(), world=distributed.world(), seed=options.seed, accumulate=options.accumulate
     )
@@ -189,6 +194,7 @@ def build_teacher(options: Options):
         return build_model(options.teacher_model, options.teacher_backbone, num_classes), None
     if path is None:
         raise ValueError("--teacher-checkpoint is missing: train a teacher with train_baseline.py, or give a published file")
+    before = checkpoint.stamp(path)
     model, found = model_from_checkpoint(path, normalization=options.teacher_normalization)
     check_classes(model, path, options.spec, who="teacher checkpoint", remedy=f"pass a --teacher-checkpoint trained on {options.dataset}")
     for flag in ("model", "backbone"):
@@ -196,7 +202,15 @@ def build_teacher(options: Options):
         if asked and ALIASES.get(asked, asked) != model.config[flag]:
             raise ValueError(f"--teacher-{flag} {asked}: {path} is a {model.config[flag]}; drop the flag, or give the checkpoint you mean")
     logger.info("teacher: %s", found)
-    return model, {"file": os.path.basename(path), "sha256": checkpoint.fingerprint(path)}
+    return model, {"file": os.path.basename(path), "sha256": identity_of(path, before)}
+
+
+def identity_of(path: str, before: tuple | None) -> str:
+    """SHA-256 of the file that was just read; ValueError where it was replaced since its stamp `before`, and so may be another one."""
+    identity = checkpoint.fingerprint(path)
+    if checkpoint.stamp(path) != before:
+        raise ValueError(f"{path}: was replaced while it was read; start again when it is complete")
+    return identity
 
 
 def build_foreign_teacher(options: Options):
@@ -204,12 +218,13 @@ def build_foreign_teacher(options: Options):
     name, path = options.teacher_model, None if options.dry_run else options.teacher_checkpoint
     if options.teacher_backbone:
         raise ValueError(f"--teacher-backbone {options.teacher_backbone}: {name} builds the whole network; drop the flag")
+    before = checkpoint.stamp(path) if path else None
     model, found = build_foreign(name, path, options.teacher_layers or (), options.crop_size, options.teacher_normalization)
     if model.num_classes != options.spec.num_classes:
         raise ValueError(f"teacher {name} has {model.num_classes} classes, {options.dataset} has {options.spec.num_classes}; "
                          f"have the function build one trained on {options.dataset}")  # fmt: skip
     logger.info("teacher: %s", found)
-    identity = checkpoint.fingerprint(path) if path else checkpoint.fingerprint_tensors(model.net.state_dict())
+    identity = identity_of(path, before) if path else checkpoint.fingerprint_tensors(model.net.state_dict())
     return model, {"file": os.path.basename(path or name), "sha256": identity}
 
 
@@ -243,9 +258,10 @@ def check_classes(model, path: str, spec: Spec, *, who: str = "checkpoint", reme
 
 
 def decoded_cache(options: Options) -> Cache:
-    """What --cache asks for; on several ranks the first of each node builds it, while the others wait as long as --dist-timeout."""
+    """What --cache asks for; on several ranks the first of each node builds it, while the others wait for it beyond --dist-timeout."""
+    gather = distributed.patient_gather() if options.cache != "none" else distributed.gather_text
     return Cache(options.cache, options.cache_dir, workers=cores() if options.workers else 0, rank=distributed.rank(),
-                 leader=distributed.leader(), gather=distributed.gather_text, tell=logger.info)  # fmt: skip
+                 leader=distributed.leader(), gather=gather, tell=logger.info)  # fmt: skip
 
 
 class Split:

@@ -48,13 +48,14 @@ from models import SegOutput, build_model
 from models.backbones import on_meta
 from models.fold import fold_batchnorm
 from scripts import plain
-from scripts.compare import Arm, parse_arm
+from scripts.compare import METHOD_FLAGS, Arm, parse_arm
 from scripts.watch import Watch, watched
 from utils import engine, metrics
 from utils.distill import Distiller, Teacher
 from utils.optim import build_optimizers
 from utils.options import train_options
-from utils.run import commit, write_text
+from utils.run import commit, write_text, writing
+from utils.session import explain
 
 
 @dataclass(frozen=True)
@@ -512,7 +513,7 @@ class Results:
     """The rows in a folder, written after each one; those of an interrupted run, and of other commands, are gone on with.
 
     Raises:
-        ValueError: the folder's rows were made on another machine or with other code.
+        ValueError: the folder cannot be made, or its rows were made on another machine or with other code.
     """
 
     def __init__(self, folder: str | None, machine: Machine, command: str):
@@ -521,11 +522,15 @@ class Results:
         if self.folder is None:
             return
         file = self.folder / "rows.json"
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         if file.exists():
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
                 self.rows = [Row(**row) for row in content.pop("rows")]
-                commands = content["commands"]
+                commands = [*content["commands"]]
+                flops = {dtype: 1e9 * content["gflops"][name_of(dtype)] for dtype in machine.flops}
+                bandwidth = 1e9 * content["gb_per_s"]
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{file} is not a file of this benchmark; choose another --output") from None
             for key in ("device", "threads", "torch", "commit"):
@@ -535,8 +540,7 @@ class Results:
                 raise ValueError(f"{file} has rows of files that differ from their commit ({self.about['commit']}): it cannot be told whether they "
                                  f"are still the same; choose another --output, or commit")  # fmt: skip
             self.about = content
-            machine.flops = {dtype: 1e9 * content["gflops"][name_of(dtype)] for dtype in machine.flops}
-            machine.bandwidth = 1e9 * content["gb_per_s"]
+            machine.flops, machine.bandwidth = flops, bandwidth
             self.about["commands"] = [*commands, *([command] if command not in commands else [])]
         else:
             self.about["commands"] = [command]
@@ -548,7 +552,6 @@ class Results:
     def add(self, *new: Row) -> None:
         self.rows.extend(new)
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "rows.json", json.dumps(self.about | {"rows": [asdict(row) for row in self.rows]}, indent=1) + "\n")
             write_text(self.folder / "table.md", self.text)
 
@@ -596,6 +599,9 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')}: --quick has its own; drop one of them")
     if options.methods and not {"loss", "step"} & set(options.parts):
         raise ValueError(f"--methods: --parts {' '.join(options.parts)} has no method in it; drop it, or add loss or step")
+    for flag, given, readers in (("--amp", options.amp != "off", ("loss", "step")), ("--step-repeats", options.step_repeats, ("step", "teacher"))):
+        if given and not {*readers} & set(options.parts):
+            raise ValueError(f"{flag}: --parts {' '.join(options.parts)} does not read it; drop it, or add {' or '.join(readers)}")
     options.repeats = 1 if options.quick else 9 if options.repeats is None else options.repeats
     options.step_repeats = max(1, options.repeats // 3) if options.step_repeats is None else options.step_repeats
     for flag in ("repeats", "step_repeats"):
@@ -607,6 +613,9 @@ def check(options: argparse.Namespace) -> None:
     for arm in arms:
         if len(arm.methods) != 1 or arm.seed_offset:
             raise ValueError(f"--methods {arm.name}: one method at a time, METHOD[:flag=value,...]")
+        for flag in arm.flags:
+            if METHOD_FLAGS.get(f"--{flag.removeprefix('no-')}") != arm.methods[0]:
+                raise ValueError(f"--methods {arm.name}: {flag} is no option of {arm.methods[0]}; losses/README.md lists them")
     if not any(arm.name == "kd" for arm in arms):
         arms.insert(0, parse_arm("kd"))
     options.arms = list({arm.name: arm for arm in arms}.values())
@@ -617,16 +626,22 @@ def main(argv=None) -> None:
     options = parse(argv)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    start = time.monotonic()
     machine = Machine(torch.device(options.device), options.quick)
     folder = options.output
     if folder is None and not options.quick:
         folder = Path(metrics.__file__).parent.parent / "results" / ("bench_" + re.sub(r"\W+", "_", machine.name).strip("_").lower())
     try:
         results = Results(folder, machine, shlex.join(["python", "-m", "scripts.benchmark", *(sys.argv[1:] if argv is None else argv)]))
+        measure(options, machine, results)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
+    print(f"\n{results.text}")
+
+
+def measure(options: argparse.Namespace, machine: Machine, results: Results) -> None:
+    """Every row that is asked for and not there."""
+    start = time.monotonic()
     of_methods = [part for part in PARTS if part in options.parts and part in ("loss", "step")]
     others = [part for part in PARTS if part in options.parts and part not in of_methods]
     total = len(options.shapes) * (len(others) + len(of_methods) * len(options.arms))
@@ -654,7 +669,6 @@ def main(argv=None) -> None:
         for part in of_methods:
             for arm in options.arms:
                 measured(bench, part, arm)
-    print(f"\n{results.text}")
 
 
 if __name__ == "__main__":

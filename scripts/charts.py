@@ -105,7 +105,7 @@ class Axes:
     @staticmethod
     def limits(values: list[float]) -> tuple[float, float]:
         low, high = min(values, default=0.0), max(values, default=1.0)
-        margin = 0.06 * (high - low) or 0.5
+        margin = 0.06 * (high - low) or max(0.5, 0.06 * abs(high))
         return low - margin, high + margin
 
     def _apart(self, values: list[float]) -> list[float]:

@@ -235,7 +235,8 @@ class Job:
         """Why the last attempt has not ended well: the error that it wrote, else its last line."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         lines = text.rpartition(START)[2].strip().splitlines()
-        return next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "never started")
+        nothing = "wrote nothing" if text else "never started"
+        return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else nothing)
 
 
 def job(plan: Plan, arm: Arm, seed: int, folder: Path, budget: Budget, extra: dict[str, str] | None = None) -> Job:
@@ -320,8 +321,10 @@ def run_jobs(jobs: list[Job], slots: int, processes: int, stop: StopSignal) -> l
             elif not stop.received:
                 failed.append(candidate)
                 if process.returncode < 0:  # it could not say so itself
+                    killed = process.returncode == -signal.SIGKILL
+                    why = "SIGKILL; of a lack of memory if nobody sent it" if killed else f"signal {-process.returncode}"
                     with open(candidate.log, "a", encoding="utf-8") as log:
-                        log.write(f"error: ended by {signal.Signals(-process.returncode).name}; of a lack of memory if nobody sent it\n")
+                        log.write(f"error: ended by {why}\n")
                 print(f"{candidate.name}: failed: {candidate.failure()}", flush=True)
         time.sleep(0.1)
     return failed

@@ -150,11 +150,11 @@ def class_gains(names: list[str], baseline: str, done: list[dict]) -> dict[str, 
 
 def row_of(run: dict) -> dict:
     """A line of results.csv."""
-    cost = run.get("cost", {})
+    cost, unfinished = run.get("cost", {}), "failed" if "error" in run["failure"].lower() else "not finished"
     megas = {"peak_memory_mib": ("peak_memory", 1 << 20), "extra_parameters": ("extra_parameters", 1), "gmacs": ("macs", 1e9),
              "teacher_gmacs": ("teacher_macs", 1e9)}  # fmt: skip
     return {
-        "arm": run["arm"], "seed": run["seed"], "status": "done" if run["done"] else "failed" if "error" in run["failure"] else "not finished",
+        "arm": run["arm"], "seed": run["seed"], "status": "done" if run["done"] else unfinished,
         **{f"{key}_miou": run.get(key) for key in ("last", "best", "selection")},
         **{key: run.get(key) for key in ("steps", "best_step", "seconds")}, "seconds_per_step": cost.get("seconds_per_step"),
         **{name: cost[key] / unit if key in cost else None for name, (key, unit) in megas.items()}, "failure": run["failure"],

@@ -66,26 +66,27 @@ def read_run(title: str, folder: Path) -> Curves:
     try:
         arguments = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         texts = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        options = flatten(arguments["options"])
+        setting = {key: value for key, value in options.items() if key not in COSMETIC | {"seed"}}
+        teacher = (arguments["teacher"] or {}).get("sha256")
+        seed, same = options["seed"], json.dumps([setting, arguments["model"], teacher], sort_keys=True)
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}; give the folder of a run, its --save-dir") from error
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: its args.json or metrics.jsonl is damaged ({error}); give another run") from error
     for number, text in enumerate(texts, 1):
         try:
             row = json.loads(text)
-        except ValueError as error:
+            values = [(column, row["step"], value) for column, value in row.items() if value is not None and np.isfinite(value + row["step"])]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(texts):
                 continue  # a training that goes on is writing it
             raise ValueError(f"{folder / 'metrics.jsonl'}, line {number}: no row of a table ({error}); give another run") from error
-        for column, value in row.items():
-            if value is not None and np.isfinite(value):
-                lines.setdefault(column, []).append((row["step"], value))
+        for column, step, value in values:
+            lines.setdefault(column, []).append((step, value))
     if not lines:
         raise ValueError(f"{folder}: has no rows yet; wait for the first log line")
-    options = flatten(arguments["options"])
-    setting = {key: value for key, value in options.items() if key not in COSMETIC | {"seed"}}
-    teacher = (arguments["teacher"] or {}).get("sha256")
-    return Curves(title, json.dumps([setting, arguments["model"], teacher], sort_keys=True), options["seed"], lines)
+    return Curves(title, same, seed, lines)
 
 
 def grouped(runs: list[Curves]) -> list[Group]:
@@ -154,7 +155,7 @@ def table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
         best = max(miou, key=lambda point: point[1], default=None)
         rows.append([
             group.title, str(group.end),
-            *([f"{miou[-1][1]:.2f}", f"{best[1]:.2f}", str(best[0])] if miou else "---"), f"{loss[-1][1]:.4g}" if loss else "-",
+            *([f"{miou[-1][1]:.2f}", f"{best[1]:.2f}", str(best[0])] if miou else ["-"] * 3), f"{loss[-1][1]:.4g}" if loss else "-",
         ])  # fmt: skip
     return ["run", "steps", "last mIoU", "best mIoU", "at step", "last loss"], rows
 
@@ -171,7 +172,7 @@ def main(argv=None) -> None:
             raise ValueError(f"--output {options.output}: is a page; give a file that ends in .html")
         runs, folders = [], set()
         for text in options.runs:
-            title, equals, folder = ("", "", text) if Path(text).exists() else text.rpartition("=")
+            title, equals, folder = ("", "", text) if Path(text).exists() or "=" not in text else text.partition("=")
             if Path(folder).resolve() in folders:
                 raise ValueError(f"{folder}: is given twice; drop one")
             folders.add(Path(folder).resolve())

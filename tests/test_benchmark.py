@@ -271,6 +271,9 @@ def test_maps_and_weights_of_a_loss_are_those_of_a_step(monkeypatch, amp, dtype)
 
 @pytest.mark.parametrize("given,told", [
     (["--methods", "nope"], "--methods nope: there is no method 'nope'; possible: "), (["--repeats", "0"], "--repeats 0: must be at least 1"),
+    (["--parts", "loader", "--amp", "bf16"], "--amp: --parts loader does not read it"),
+    (["--parts", "loss", "--step-repeats", "3"], "--step-repeats: --parts loss does not read it"),
+    (["--methods", "kd:batch-size=1"], "batch-size is no option of kd"),
     (["--step-repeats", "0"], "--step-repeats 0: must be at least 1"), (["--quick", "--repeats", "3"], "--repeats: --quick has its own"),
     (["--quick", "--shapes", "citys"], "--shapes: --quick has its own"), (["--methods", "kd+cwd"], "kd+cwd: one method at a time"),
     (["--methods", "none"], "none: one method at a time"), (["--methods", "kd", "--parts", "task"], "--methods: --parts task has no method in it"),

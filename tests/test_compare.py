@@ -597,7 +597,7 @@ def test_the_command_in_small(tmp_path, budget, arms, seeds):
     assert all(run["done"] and run["images"] == 4 and run["split"] == "test" and run["selected_on"] == "val" for run in content["runs"])
     assert len(content["verdicts"]) == len(arms) - 1 + (len(arms) - 2) * ("kd" in arms)
     assert content["teacher"]["miou"] > 0 and content["networks"]["teacher"]["model"] == "pspnet"
-    assert all(run["steps"] == 2 if budget == "iterations:2" else run["seconds"] >= 0.12 and run["steps"] > 5 for run in content["runs"])
+    assert all(run["steps"] == 2 if budget == "iterations:2" else run["seconds"] >= 0.12 and run["steps"] >= 1 for run in content["runs"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "data:image/jpeg;base64," in page and page.count("<svg") == 3 and len(page) < 1 << 20
     before = figures(tmp_path)
@@ -608,7 +608,7 @@ def test_the_command_in_small(tmp_path, budget, arms, seeds):
 
 def test_a_comparison_that_is_killed_ends_with_the_same_figures(tmp_path):
     """kill -9 of the comparison in its first training, then of its second training alone, which the third one does not mind."""
-    arguments = ("--methods", "none", "kd", "cwd", "--seeds", "0", "--budget", "iterations:5")
+    arguments = ("--methods", "none", "kd", "cwd", "--seeds", "0", "--budget", "iterations:15")
     flags = (*SMALL, "--log-interval", "1", "--save-interval", "1")
     (tmp_path / "whole").mkdir()
     assert begin(tmp_path / "whole", *arguments, flags=flags).wait() == [0]
@@ -636,7 +636,7 @@ def test_a_comparison_that_is_killed_ends_with_the_same_figures(tmp_path):
     assert "going on from step" in (tmp_path / "out" / "runs" / "kd" / "seed0.console.txt").read_text()
     found = figures(tmp_path)
     assert found == figures(tmp_path / "whole")
-    assert [[step for step, _ in run["losses"]] for run in found["runs"]] == [[1, 2, 3, 4, 5]] * 3
+    assert [[step for step, _ in run["losses"]] for run in found["runs"]] == [[*range(1, 16)]] * 3
     assert len({run["weights"] for run in found["runs"]}) == 3, "what is compared does tell trainings apart"
 
 

@@ -31,7 +31,7 @@ def require_tensorboard() -> None:
     try:
         from tensorboard.compat.proto import event_pb2  # noqa: F401
         from tensorboard.summary.writer import record_writer  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # a protobuf of another version raises TypeError
         raise ValueError(f"--tensorboard needs the package tensorboard ({error}): python -m pip install tensorboard; or drop the flag") from error
 
 

@@ -23,7 +23,7 @@ from utils.engine import AMP
 from utils.log import logger
 from utils.metrics import Inference, Timed, evaluate
 from utils.options import eval_options, option_table
-from utils.run import command, environment, write_text
+from utils.run import command, environment, write_text, writing
 from utils.session import check_classes, run_script
 from utils.visualize import overlay, save_palette
 
@@ -50,7 +50,8 @@ def main(options, device) -> None:
     inference = Inference(options.mode, options.window, options.stride, tuple(options.scales), options.flip)
     output = Path(options.output or Path(options.checkpoint).parent / "eval" / Path(options.checkpoint).stem / split)
     if distributed.is_main():
-        output.mkdir(parents=True, exist_ok=True)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
 
     pictures_out = Pictures(output, spec, options)
@@ -91,10 +92,12 @@ class Pictures:
         for name, image, labels in zip(batch.names, batch.image, prediction, strict=True):
             labels = labels.cpu().numpy().astype("uint8")
             if self.predictions:
-                save_palette(self.path(self.predictions, name, ".png"), labels, self.palette)
+                with writing(self.predictions):
+                    save_palette(self.path(self.predictions, name, ".png"), labels, self.palette)
             if self.overlays and self.left > 0:
                 mixed = overlay(image.permute(1, 2, 0).cpu().numpy(), labels, self.palette)
-                Image.fromarray(mixed).save(self.path(self.overlays, name, ".jpg"), quality=92)
+                with writing(self.overlays):
+                    Image.fromarray(mixed).save(self.path(self.overlays, name, ".jpg"), quality=92)
                 self.left -= 1
 
     def path(self, folder: Path, name: str, ending: str) -> Path:

@@ -22,7 +22,6 @@ _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _PLAIN_CHUNKS = (b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tEXt", b"zTXt", b"iTXt", b"tIME")  # nothing that turns or recolours
 # All that is opened, whatever a file is called. Of the others Pillow (13.0) hands EPS to Ghostscript, a program for a language.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
-_ORIENTATION = 0x0112  # EXIF's
 _LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: a JPEG with several pictures
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -44,7 +43,7 @@ def _open(path: str | Path, what: str) -> Image.Image:
         raise DataError(f"{path}: {what} cannot be read (damaged, or none of {', '.join(FORMATS)}); replace the file") from None
     except Exception as error:  # noqa: BLE001 - on damaged files Pillow raises anything from SyntaxError to struct.error
         raise DataError(f"{path}: {what} cannot be read ({_reason(error)}); replace the file") from None
-    if picture.format == "TIFF" and (turned := picture.tag_v2.get(_ORIENTATION, 1)) != 1:
+    if picture.format == "TIFF" and (turned := picture.tag_v2.get(ExifTags.Base.Orientation, 1)) != 1:
         # Pillow (13.0) turns TIFFs as they say, and no other format
         raise DataError(f"{path}: {what} is a TIFF that says how to turn it (orientation {turned}), which is ignored elsewhere; save it as PNG")
     return picture

@@ -224,3 +224,22 @@ def test_init_refuses_a_missing_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="local rank 2 has no GPU: 2 visible"):
         distributed.init("auto")
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"RANK": "0", "WORLD_SIZE": "1"}, "the environment has RANK and WORLD_SIZE, and no MASTER_ADDR and no MASTER_PORT; start with torchrun"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "the environment has RANK and WORLD_SIZE, and no MASTER_PORT; "),
+    ({"LOCAL_RANK": "a"}, "the environment has LOCAL_RANK='a', which is no number; "),
+    ({"WORLD_SIZE": "-1"}, "the environment has WORLD_SIZE='-1', which is no number; "),
+])  # fmt: skip
+def test_variables_that_something_else_has_left(variables, message, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as error:
+        distributed.init("cpu", timeout=5)
+    assert str(error.value).startswith(message) and "unset RANK, WORLD_SIZE and LOCAL_RANK" in str(error.value)
+    for name in variables:
+        monkeypatch.delenv(name)
+    assert distributed.init("cpu") == torch.device("cpu") and distributed.world() == 1

@@ -24,7 +24,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import shapes
+import eval as evaluation
+from dataset import build_dataset, shapes
 from dataset.shapes import DrawnItem
 from tests.faults import alive, children, read_only, small_disk, wait_for
 from tests.paths import REPOSITORY
@@ -36,7 +37,7 @@ from utils import checkpoint, log, session
 from utils.engine import NonFiniteError
 from utils.log import logger
 from utils.metrics import Stopped
-from utils.options import train_options
+from utils.options import eval_options, train_options
 from utils.run import write_text
 
 # ------------------------------------------------------------------------------------------------------- two in one folder
@@ -353,6 +354,22 @@ def test_no_space_for_a_row(name, tmp_path):
     with pytest.raises(ValueError, match=f"cannot write {tmp_path / name}: No space left on device; free space or choose another folder"):
         fit(training, teacher, batches(), run, scores)
     assert checkpoint.load(tmp_path / "last.pth")["step"] == 0
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "a full disk"])
+def test_an_evaluation_that_cannot_write_its_pictures_is_one_line(place, tmp_path, monkeypatch):
+    save_model(tmp_path / "student.pth")
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 4, "val": 2, "test": 2})
+    (tmp_path / "file").touch()
+    output = tmp_path / {"a file": "file", "below a file": "file/out", "a full disk": "out"}[place]
+    if place == "a full disk":
+        (output / "predictions").mkdir(parents=True)
+        for name in build_dataset("shapes", None, "test").items:
+            (output / "predictions" / f"{name.name}.png").symlink_to("/dev/full")
+    given = ["--checkpoint", tmp_path / "student.pth", "--output", output, "--device", "cpu", "--workers", "0", "--limit", "1", "--save-predictions"]
+    options = eval_options([str(word) for word in given], description="")
+    with pytest.raises(ValueError, match=f"cannot write {output}.*(File exists|Not a directory|No space left).*; free space or choose"):
+        evaluation.main(options, torch.device("cpu"))
 
 
 def test_no_space_for_the_log_does_not_end_a_training(tmp_path, capsys):

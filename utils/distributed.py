@@ -24,10 +24,14 @@ def init(device: str = "auto", timeout: float = 1800.0) -> torch.device:
     Args:
         device: "auto" (a GPU when there is one), "cpu" or "cuda".
         timeout: seconds after which a rank that waits for another gives up.
+
+    Raises:
+        ValueError: no such device; variables of torchrun's that are no numbers, or a part of them.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is visible to torch; pass --device cpu, or check the driver and CUDA_VISIBLE_DEVICES")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    check_variables()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; start at most that many processes per node")
@@ -38,6 +42,18 @@ def init(device: str = "auto", timeout: float = 1800.0) -> torch.device:
         # gloo beside nccl: flags of the host are agreed on without touching the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout))
     return result
+
+
+def check_variables() -> None:
+    """ValueError where torchrun's variables are not as torchrun sets them: left over from something else, or a scheduler's."""
+    remedy = "start with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdigit()):
+            raise ValueError(f"the environment has {name}={value!r}, which is no number; {remedy}")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if launched() and missing:
+        raise ValueError(f"the environment has RANK and WORLD_SIZE, and no {' and no '.join(missing)}; {remedy}")
 
 
 def shutdown() -> None:

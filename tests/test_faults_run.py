@@ -429,9 +429,13 @@ def test_a_folder_in_use_is_refused_to_the_script(workers, tmp_path):
     first.until("step 3/1000")
     first.stop(signal.SIGSTOP)  # or it may be done before the second has started
     second = train(tmp_path, *arguments, console="second.txt")
-    assert second.wait() == [2]
-    assert second.text.startswith("error: --save-dir run: another process trains here (process") and second.text.count("\n") == 1
-    first.stop(signal.SIGKILL)
+    try:
+        assert second.wait() == [2]
+        # on one core torch warns of the number of loader processes before
+        assert second.text.splitlines()[-1].startswith("error: --save-dir run: another process trains here (process"), second.text
+        assert "Traceback" not in second.text
+    finally:
+        first.stop(signal.SIGKILL)
     assert first.wait() == [-signal.SIGKILL]
     third = train(tmp_path, *arguments, console="third.txt")
     third.until("going on from step")

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -55,7 +55,7 @@ def setup(folder: Path | None = None) -> logging.Logger:
 def escape_names() -> None:
     """Show names of files that are no text instead of ending with a traceback: on Linux a name is any bytes."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        with suppress(AttributeError, OSError, ValueError):  # not a text stream, redirected behind python's back, closed
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -324,7 +324,7 @@ def run_jobs(jobs: list[Job], slots: int, processes: int, stop: StopSignal) -> l
                     killed = process.returncode == -signal.SIGKILL
                     why = "SIGKILL; of a lack of memory if nobody sent it" if killed else f"signal {-process.returncode}"
                     with open(candidate.log, "a", encoding="utf-8") as log:
-                        log.write(f"error: ended by {why}\n")
+                        log.write(f"\nerror: ended by {why}\n")  # it may have been killed in the middle of a line
                 print(f"{candidate.name}: failed: {candidate.failure()}", flush=True)
         time.sleep(0.1)
     return failed

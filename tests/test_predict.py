@@ -418,12 +418,47 @@ def test_flags_that_nobody_reads(case, folder, capsys):
     assert end.value.code == 2 and shown.startswith(f"python -m scripts.predict: error: {message}") and shown.count("\n") == 1, shown
 
 
-def test_colours_of_a_config_are_looked_at(tmp_path, capsys):
-    for wrong in ([[1, 2, 300]] * 11, [[1, 2]] * 11, [[1, 2, 3]] * 10):
-        save_model(tmp_path / "wrong.pth", num_classes=11, dataset="camvid", classes=[f"c{k}" for k in range(11)], colours=wrong)
-        with pytest.raises(SystemExit):
-            predict_options(["--checkpoint", str(tmp_path / "wrong.pth"), "--input", "i", "--output", "o"], description="")
-        assert "the colours in its config are not red green blue for every class" in capsys.readouterr().err
+MALFORMED = {
+    "beyond a byte": ({"colours": [[1, 2, 300]] * 11}, "colours"),
+    "below a byte": ({"colours": [[1, 2, -1]] * 11}, "colours"),
+    "two parts": ({"colours": [[1, 2]] * 11}, "colours"),
+    "too few": ({"colours": [[1, 2, 3]] * 10}, "colours"),
+    "numbers": ({"colours": [1] * 11}, "colours"),
+    "lists in a colour": ({"colours": [[1, 2, [3]]] * 11}, "colours"),
+    "fractions": ({"colours": [[1, 2, 0.5]] * 11}, "colours"),
+    "one number": ({"classes": 5}, "classes"),
+    "a text": ({"classes": "sky"}, "classes"),
+    "classes of numbers": ({"classes": [*range(11)]}, "classes"),
+    "a list": ({"dataset": ["camvid"]}, "data set"),
+}
+MEANT = {
+    "colours": "the colours in its config are not red green blue for every class", "classes": "the classes in its config are not a list of names",
+    "data set": "the data set in its config is not a name",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_the_config_of_a_checkpoint_is_looked_at(case, tmp_path, capsys):
+    """Also where --dataset is given: its classes are compared with the checkpoint's."""
+    wrong, kind = MALFORMED[case]
+    save_model(tmp_path / "wrong.pth", num_classes=11, **{"dataset": "camvid", "classes": [f"c{k}" for k in range(11)], **wrong})
+    given = ["--checkpoint", str(tmp_path / "wrong.pth"), "--input", "i", "--output", "o"]
+    with pytest.raises(SystemExit):
+        predict_options(given, description="")
+    shown = capsys.readouterr().err
+    assert f"wrong.pth: {MEANT[kind]}; use another copy" in shown and shown.count("\n") == 1
+    save(np.zeros((8, 8, 3), np.uint8), tmp_path / "a.png")
+    with pytest.raises(ValueError, match=MEANT[kind]):
+        run(tmp_path, tmp_path / "out", "--dataset", "camvid", source="a.png", checkpoint="wrong.pth")
+
+
+def test_a_config_without_a_data_set(tmp_path, capsys):
+    save_model(tmp_path / "own.pth", num_classes=11, dataset=None)
+    save(np.zeros((8, 8, 3), np.uint8), tmp_path / "a.png")
+    with pytest.raises(SystemExit):
+        run(tmp_path, tmp_path / "out", source="a.png", checkpoint="own.pth")
+    assert "error: --dataset is missing: " in capsys.readouterr().err
+    assert run(tmp_path, tmp_path / "out", "--dataset", "camvid", source="a.png", checkpoint="own.pth")["predicted"] == 1
 
 
 def test_a_video_on_two_ranks_and_a_label_assisted_teacher(video, tmp_path):

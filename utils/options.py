@@ -441,12 +441,33 @@ def _resolve_checkpoint(parser, argv) -> Options:
     return fail_in_one_line(parser, lambda: _resolve(parser, given))
 
 
+def config_of(path: str) -> dict:
+    """What a checkpoint says of its training; empty for a file that is not of this project.
+
+    Raises:
+        ValueError: one line; its classes, colours or data set are not what a training writes.
+    """
+    config = read_state(path)[1]["config"] or {}
+    dataset, classes, colours = (config.get(key) for key in ("dataset", "classes", "colours"))
+    if not isinstance(dataset, str | None):
+        raise ValueError(f"{path}: the data set in its config is not a name; use another copy")
+    if classes is not None and not (isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"{path}: the classes in its config are not a list of names; use another copy")
+    if colours is not None and not (isinstance(colours, list | tuple) and all(map(_is_colour, colours)) and len(colours) == len(classes or colours)):
+        raise ValueError(f"{path}: the colours in its config are not red green blue for every class; use another copy")
+    return config
+
+
+def _is_colour(value) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(type(part) is int and 0 <= part <= 255 for part in value)
+
+
 def dataset_of(path: str) -> str:
     """The data set that a checkpoint of this project was trained on."""
-    _, info = read_state(path)
-    if not info["config"]:
-        raise ValueError(f"--dataset is missing: {path} is not a checkpoint of this project and does not say what it was trained on")
-    return info["config"]["dataset"]
+    name = config_of(path).get("dataset")
+    if name is None:
+        raise ValueError(f"--dataset is missing: {path} does not say what it was trained on, as the checkpoints of this project do")
+    return name
 
 
 def classes_of(given: dict) -> Spec:
@@ -457,16 +478,13 @@ def classes_of(given: dict) -> Spec:
         raise ValueError(f"--data {data}: belongs to --dataset folder, whose classes.txt it holds; add it, or drop the flag")
     if spec is not None:
         return spec
-    name = dataset_of(path)
-    config = read_state(path)[1]["config"]
+    name, config = dataset_of(path), config_of(path)
     classes = config.get("classes")
     if not classes:
         return get_spec(name)
     spec = SPECS.get(name, SPECS["folder"])
-    colours = [tuple(colour) for colour in config.get("colours") or spec.colours or map(voc_colour, range(len(classes)))]
-    if [len(colour) for colour in colours] != [3] * len(classes) or not {value for colour in colours for value in colour} <= {*range(256)}:
-        raise ValueError(f"{path}: the colours in its config are not red green blue for every class; use another copy, or pass --dataset")
-    return replace(spec, name=name, classes=tuple(classes), colours=tuple(colours))
+    known = spec.colours if len(spec.colours) == len(classes) else map(voc_colour, range(len(classes)))
+    return replace(spec, name=name, classes=tuple(classes), colours=tuple(map(tuple, config.get("colours") or known)))
 
 
 def fail_in_one_line(parser, function):

@@ -27,7 +27,7 @@ from utils.engine import AMP, NonFiniteError, Training, fit
 from utils.log import logger
 from utils.metrics import Inference, Stopped, evaluate
 from utils.optim import build_optimizers
-from utils.options import Options, option_table
+from utils.options import Options, config_of, option_table
 from utils.run import Run, StopSignal, write_text
 
 
@@ -251,7 +251,7 @@ def check_classes(model, path: str, spec: Spec, *, who: str = "checkpoint", reme
     """ValueError where the model of a checkpoint has other classes than the data set: another number, or, if the file names them, others."""
     if model.num_classes != spec.num_classes:
         raise ValueError(f"{who} {path} has {model.num_classes} classes, {spec.name} has {spec.num_classes}; {remedy}")
-    config = read_state(path)[1]["config"] or {}
+    config = config_of(path)
     for number, (theirs, ours) in enumerate(zip(config.get("classes") or spec.classes, spec.classes, strict=False)):
         if theirs != ours:
             raise ValueError(f"{who} {path} calls class {number} {theirs!r}, {spec.name} calls it {ours!r}; {remedy}")

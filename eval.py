@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from dataset import EvalSampler, build_dataset, build_loader
 from models import count_macs, count_parameters
@@ -25,7 +24,7 @@ from utils.metrics import Inference, Timed, evaluate
 from utils.options import eval_options, option_table
 from utils.run import command, environment, write_text, writing
 from utils.session import check_classes, run_script
-from utils.visualize import overlay, save_palette
+from utils.visualize import overlay, save_overlay, save_palette
 
 
 def main(options, device) -> None:
@@ -97,7 +96,7 @@ class Pictures:
             if self.overlays and self.left > 0:
                 mixed = overlay(image.permute(1, 2, 0).cpu().numpy(), labels, self.palette)
                 with writing(self.overlays):
-                    Image.fromarray(mixed).save(self.path(self.overlays, name, ".jpg"), quality=92)
+                    save_overlay(self.path(self.overlays, name, ".jpg"), mixed)
                 self.left -= 1
 
     def path(self, folder: Path, name: str, ending: str) -> Path:

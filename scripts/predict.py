@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 4 -m scripts.predict --checkpoint ... --dataset citys --input photos --output predicted --mode slide --window 512
 
     labels/NAME.png        class numbers at the picture's size, as a palette picture in the classes' colours; of a video labels/VIDEO/FRAME.png
-    overlays/NAME.jpg      the picture with these colours laid over it, to judge the prediction by; of a video overlays/VIDEO.mp4 at its frame rate
+    overlays/NAME.jpg      the picture with these colours laid over it, to judge the prediction by (beyond 65500 pixels a side a png);
+                           of a video overlays/VIDEO.mp4 at its frame rate
     legend.png             the classes' colours, numbers and names
     classes.txt            the same as a folder data set has them
     report.json            per picture and in all: share of the pixels per class, size, time; checkpoint, options, environment
@@ -29,7 +30,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from dataset import DataError, EvalSampler, Spec
 from dataset.layout import PICTURES, FilePair, Folders
@@ -43,7 +43,7 @@ from utils.metrics import Inference, Timed
 from utils.options import predict_options
 from utils.run import command, environment, write_text, writing
 from utils.session import check_classes, run_script
-from utils.visualize import legend, overlay, save_palette
+from utils.visualize import legend, overlay, save_overlay, save_palette
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 RATE = 25.0  # frames per second of a video that does not say
@@ -338,7 +338,7 @@ class Pictures:
     def show(self, frame: Frame, mixed: np.ndarray) -> None:
         path = self.place(f"overlays/{frame.name}.jpg")
         with writing(path):
-            Image.fromarray(mixed).save(path, quality=92)
+            save_overlay(path, mixed)
 
     def place(self, path: str) -> Path:
         """The path below the output folder, in a folder that is there."""

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -25,6 +26,7 @@ from tests.workers import save_model, script
 from utils import checkpoint
 from utils.metrics import Inference
 from utils.options import eval_options, predict_options
+from utils.run import writing
 from utils.visualize import legend, overlay
 
 PALETTE = get_spec("camvid").palette()
@@ -480,6 +482,23 @@ def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(ValueError, match=r"cannot write .*out: No space left on device; free space or choose another folder"):
         run(folder, tmp_path / "out")
+
+
+def test_an_overlay_beyond_jpeg_is_a_png(tmp_path):
+    draw = np.random.default_rng(0)
+    for name, width in (("within.1", 65500), ("beyond.1", 65501)):
+        frame = predict.Frame(name, draw.integers(0, 256, (1, width, 3), dtype=np.uint8), {})
+        labels = draw.integers(0, 11, (1, width), dtype=np.uint8)
+        predict.Pictures(tmp_path, get_spec("camvid"), True)(frame, labels)
+    assert {path.name for path in (tmp_path / "overlays").iterdir()} == {"within.1.jpg", "beyond.1.png"}
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "overlays/beyond.1.png")), overlay(frame.image, labels, PALETTE))
+    with Image.open(tmp_path / "overlays/within.1.jpg") as picture:
+        assert picture.size == (65500, 1)
+
+
+def test_what_is_no_error_of_the_system_says_its_reason():
+    with pytest.raises(ValueError, match="^cannot write a.jpg: encoder error -2; free space"), writing(Path("a.jpg")):
+        raise OSError("encoder error -2")
 
 
 def test_real_pictures_of_several_data_sets(folder, tmp_path):

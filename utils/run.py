@@ -364,4 +364,4 @@ def writing(path: Path):
     try:
         yield
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; free space or choose another folder") from error
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error

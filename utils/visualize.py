@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+LONGEST = 65500  # pixels a side of a JPEG, by its library
+
 
 def save_palette(path: Path, labels: np.ndarray, palette: np.ndarray) -> None:
     """(H, W) uint8 labels as an indexed PNG: reads back as the labels themselves, looks like their colours."""
@@ -22,6 +24,14 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, strength
     """(H, W, 3) uint8 picture with the labels' colours laid over it; ignored pixels (255) stay as they are."""
     mixed = (1 - strength) * image + strength * palette[labels]
     return np.where((labels == 255)[..., None], image, mixed).astype(np.uint8)
+
+
+def save_overlay(path: Path, mixed: np.ndarray) -> None:
+    """(H, W, 3) uint8 as JPEG; as PNG, with its ending, where a side is longer than JPEG can say."""
+    if max(mixed.shape) > LONGEST:
+        Image.fromarray(mixed).save(path.with_suffix(".png"))
+    else:
+        Image.fromarray(mixed).save(path, quality=92)
 
 
 def legend(classes, colours, rows: int = 32) -> Image.Image:

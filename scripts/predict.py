@@ -95,6 +95,9 @@ def main(options, device) -> int | None:
     batches = read_pictures(items, options) if items else video.read(options.batch_size, options.workers)
     with pictures:
         rows = predict(model, options, batches, -(-len(items) // distributed.world()) or video.announced, device, pictures)
+    for problem in pictures.problems:
+        logger.warning("%s", problem)
+    problems += pictures.problems
     rows = gather_rows(rows)
     seconds = time.perf_counter() - start
     if video and (problem := video.problem(len(rows))):
@@ -222,7 +225,7 @@ class Video:
     """A video file, its frames decoded one after the other and upright, as players show them.
 
     Raises:
-        ValueError: it cannot be opened, or has no frame.
+        ValueError: it cannot be opened. Whether it has frames shows when it is read (`problem`).
     """
 
     def __init__(self, path: Path):
@@ -237,15 +240,15 @@ class Video:
             logger.warning("%s: does not say its frame rate; the overlays have %g frames per second", path, RATE)
 
     def read(self, batch_size: int, workers: int) -> Iterator[list[Frame]]:
-        """Batches of frames; with `workers` one thread decodes ahead."""
+        """Batches of frames of one size; with `workers` one thread decodes ahead."""
         batch: list[Frame] = []
         for number, image in enumerate(ahead(lambda _: self.next(), repeat(None), min(workers, 1))):
             if image is None:
                 break
-            batch.append(Frame(f"{self.path.stem}/{number:06d}", image, {"frame": number}))
-            if len(batch) == batch_size:
+            if batch and (len(batch) == batch_size or image.shape != batch[0].image.shape):
                 yield batch
                 batch = []
+            batch.append(Frame(f"{self.path.stem}/{number:06d}", image, {"frame": number}))
         if batch:
             yield batch
 
@@ -315,9 +318,10 @@ def shares(pixels, classes, present: bool = False) -> dict[str, float]:
 
 
 class Pictures:
-    """Writes label pictures and, where wanted, overlays."""
+    """Writes label pictures and, where wanted, overlays; `problems` has one line for what did not come out whole."""
 
     def __init__(self, output: Path, spec: Spec, overlays: bool):
+        self.problems: list[str] = []
         self.output, self.palette, self.overlays = output, spec.palette(), overlays
 
     def __enter__(self):
@@ -349,14 +353,21 @@ class Pictures:
 
 
 class VideoPictures(Pictures):
-    """Writes the frames' label pictures and one overlay video, which is closed whatever happens: what was written can be played."""
+    """Writes the frames' label pictures and one overlay video, which is closed whatever happens: what was written can be played.
+
+    A video has one size, that of the first frame: overlays of another one are scaled to it, labels are not.
+    """
 
     def __init__(self, output: Path, spec: Spec, overlays: bool, video: Video):
         super().__init__(output, spec, overlays)
         self.name, self.rate, self.writer, self.frames = f"overlays/{video.path.stem}.mp4", video.rate, None, 0
+        self.size: tuple[int, int] | None = None  # width, height
 
     def show(self, frame: Frame, mixed: np.ndarray) -> None:
         height, width = mixed.shape[:2]
+        self.size = self.size or (width, height)
+        if self.size != (width, height):
+            mixed, (width, height) = cv2.resize(mixed, self.size, interpolation=cv2.INTER_AREA), self.size
         mixed = np.pad(mixed, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # the codec halves the size of the colours
         path = self.place(self.name)
         if self.writer is None:
@@ -373,8 +384,9 @@ class VideoPictures(Pictures):
             return
         path = self.output / self.name
         written = int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT))
-        if written != self.frames:  # the writer says nothing of a full disk, nor of a frame of another size
-            raise ValueError(f"{path}: holds {max(0, written)} of {self.frames} frames; free space or choose another folder, or pass --no-overlays")
+        if written != self.frames:  # the writer itself says nothing, not even of a full disk
+            self.problems.append(f"{path}: holds {max(0, written)} of {self.frames} frames, the others could not be written, as on a full disk; "
+                                 "the labels are whole; free space or choose another folder, or pass --no-overlays")
 
 
 if __name__ == "__main__":

@@ -308,6 +308,47 @@ def test_odd_sizes_keep_every_pixel(folder, tmp_path):
     assert labels_of(tmp_path / "out/labels/a/000002.png").shape == (31, 47)
 
 
+@pytest.mark.parametrize("flags", [("--workers", "0"), ("--batch-size", "4")])
+def test_a_stream_that_changes_its_size(flags, folder, tmp_path, monkeypatch):
+    """The overlays are scaled to the first frame's size, in their order although batches have one size; the labels keep their own."""
+    sizes = [(33, 48), (33, 48), (64, 96), (33, 48), (24, 20)]
+    frames = [np.full((*size, 3), 40 * number, np.uint8) for number, size in enumerate(sizes)]
+    source, left = tmp_path / "a.avi", list(frames)
+    write_video(source, [np.zeros((32, 48, 3), np.uint8)] * 5)
+    monkeypatch.setattr(predict.Video, "next", lambda self: left.pop(0) if left else None)
+    report = run(folder, tmp_path / "out", *flags, source=source)
+    assert [(row["frame"], row["height"], row["width"]) for row in report["pictures"]] == [(k, *size) for k, size in enumerate(sizes)]
+    shown, _ = read_video(tmp_path / "out/overlays/a.mp4")
+    assert [frame.shape for frame in shown] == [(34, 48, 3)] * 5 and report["problems"] == []
+    for number, (frame, size) in enumerate(zip(frames, sizes, strict=True)):
+        labels = labels_of(tmp_path / f"out/labels/a/{number:06d}.png")
+        assert labels.shape == size
+        assert shown[number].mean() == pytest.approx(overlay(frame, labels, PALETTE).mean(), abs=6)
+
+
+def test_an_overlay_video_that_lacks_frames_is_a_problem_of_the_report(folder, video, tmp_path, monkeypatch):
+    """OpenCV's writer drops what it cannot write without a word."""
+
+    class Dropping:
+        def __init__(self, *arguments):
+            self.writer, self.given = writer(*arguments), 0
+
+        def __getattr__(self, name):
+            return getattr(self.writer, name)
+
+        def write(self, frame):
+            self.given += 1
+            if self.given <= 5:
+                self.writer.write(frame)
+
+    writer = cv2.VideoWriter
+    monkeypatch.setattr(cv2, "VideoWriter", Dropping)
+    report = run(folder, tmp_path / "out", source=video, status=1)
+    [problem] = report["problems"]
+    assert problem.startswith(f"{tmp_path / 'out/overlays/drive.mp4'}: holds 5 of 7 frames, the others could not be written, as on a full disk; ")
+    assert report["predicted"] == 7 == len(list((tmp_path / "out/labels/drive").iterdir()))
+
+
 def test_a_video_is_decoded_as_it_is_used():
     """Reading ahead is bounded: a film would not fit into memory."""
     taken, given = [], []

@@ -69,11 +69,11 @@ class FilePair:
         return image, target
 
 
-def _files(root: Path, folder: str, endings: tuple[str, ...]) -> dict[str, list[tuple[str, str]]]:
+def find_files(root: Path, folder: str, endings: tuple[str, ...]) -> dict[str, list[tuple[str, str]]]:
     """Files below root/folder by key, the path below the folder without its ending: {key: [(ending, path), ...]}.
 
-    A file belongs to the first ending that fits; the found endings of a key are in the order of `endings`, equal ones
-    (they differ in case) in that of their paths.
+    Folders that are links are followed, hidden files passed over. A file belongs to the first ending that fits; the found
+    endings of a key are in the order of `endings`, equal ones (they differ in case) in that of their paths.
     """
     top = os.path.join(root, folder)
     found: dict[str, list[tuple[str, str]]] = {}
@@ -115,8 +115,8 @@ class Folders:
                    for folder, endings in wanted.items() if not os.path.isdir(Path(root, folder))]
         if missing:
             return [], missing
-        images = _files(root, self.image_folder, (*self.image_endings, *_UNREAD))
-        labels = _files(root, self.label_folder, tuple(self.labels)) if self.labelled else {}
+        images = find_files(root, self.image_folder, (*self.image_endings, *_UNREAD))
+        labels = find_files(root, self.label_folder, tuple(self.labels)) if self.labelled else {}
         items: list[Item] = []
         problems = []
         for key in sorted(images):

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from dataset import DataError, EvalSampler, Spec
-from dataset.layout import PICTURES, FilePair, Folders
+from dataset.layout import PICTURES, FilePair, Folders, find_files
 from dataset.reading import read_upright
 from models.weights import model_from_checkpoint
 from utils import checkpoint, distributed
@@ -140,8 +140,8 @@ def find(source: Path) -> tuple[list[FilePair], list[str]]:
     """
     if source.is_dir():
         items, problems = Folders("").find(source)
-        problems += [f"{path}: a video in a folder is not predicted; give it as --input" for path in sorted(source.rglob("*"))
-                     if path.suffix.lower() in VIDEOS and path.is_file()]  # fmt: skip
+        problems += [f"{path}: a video in a folder is not predicted; give it as --input"
+                     for path in sorted(path for files in find_files(source, "", VIDEOS).values() for _, path in files)]  # fmt: skip
         if not items:
             raise ValueError(f"--input {source}: no picture to predict ({' '.join(PICTURES)})" + (f"; {problems[0]}" if problems else ""))
         return items, problems

@@ -393,12 +393,14 @@ def test_what_cannot_be_read_is_named_and_the_rest_predicted(folder, tmp_path):
         save(draw.integers(0, 256, (40, 48, 3), dtype=np.uint8), source / name)
     save(np.zeros((8, 8), np.uint16), source / "deep.png")
     (source / "cut.jpg").write_bytes((source / "cut.jpg").read_bytes()[:900])
-    for name in ("empty.png", "old.bmp", "sub/film.MP4", "notes.txt", ".hidden.png"):
+    for name in ("empty.png", "old.bmp", "sub/film.MP4", "notes.txt", ".hidden.png", "sub/._film.MP4", "../elsewhere/b.mov"):
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"")
+    (source / "link").symlink_to(tmp_path / "elsewhere")
     report = run(folder, tmp_path / "out", "--batch-size", "4", source=source, status=1)
     assert [row["file"] for row in report["pictures"]] == ["good.jpg", "sub/good.png"] and report["predicted"] == 2
     named = {line.removeprefix(f"{source}/").split(": ")[0] for line in report["problems"]}
-    assert named == {"cut.jpg", "deep.png", "empty.png", "old.bmp", "sub/film.MP4", "twice.png"} and len(report["problems"]) == 6
+    assert named == {"cut.jpg", "deep.png", "empty.png", "old.bmp", "sub/film.MP4", "twice.png", "link/b.mov"} and len(report["problems"]) == 7
     assert contents(tmp_path / "out/labels").keys() == {"good.png", "sub/good.png"}
 
 

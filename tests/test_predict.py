@@ -61,9 +61,18 @@ def labels_of(path):
         return np.array(picture)
 
 
+def agreement(one, two):
+    """Share of the pixels with one label. Batches and memory formats sum in another order, which may turn near-ties of two classes."""
+    assert one.shape == two.shape
+    return (one == two).mean()
+
+
+ALIKE = 0.998  # three pixels of the smallest pictures
+
+
 @functools.cache
 def network(path):
-    return model_from_checkpoint(path)[0].eval()
+    return model_from_checkpoint(path)[0].eval().to(memory_format=torch.channels_last)
 
 
 def by_hand(folder, image, inference=Inference()):  # noqa: B008
@@ -99,8 +108,15 @@ def test_batches_and_threads_change_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Inference, "__call__", lambda self, model, image: seen.append(tuple(image.shape)) or infer(self, model, image))
     two = run(folder, tmp_path / "two", "--batch-size", "2", "--workers", "3", "--no-overlays")
     assert sorted(seen) == [(1, 3, 1, 1), (1, 3, 40, 48), (2, 3, 32, 56), (2, 3, 40, 48)]
-    assert contents(tmp_path / "two/labels") == contents(tmp_path / "one/labels")
-    assert [(row["file"], row["share"]) for row in two["pictures"]] == [(row["file"], row["share"]) for row in one["pictures"]]
+    single, batched = ({name: labels_of(tmp_path / f"{output}/labels/{name}.png") for name in SIZES} for output in ("one", "two"))
+    for name in SIZES:
+        assert agreement(single[name], batched[name]) > ALIKE
+        for other in SIZES.keys() - {name, "c"}:
+            assert SIZES[other] != SIZES[name] or agreement(single[name], batched[other]) < 0.9, "another picture would be noticed"
+    assert contents(tmp_path / "two/labels").keys() == contents(tmp_path / "one/labels").keys()
+    for row, alone in zip(two["pictures"], one["pictures"], strict=True):
+        shares = [[picture["share"].get(name, 0) for name in one["classes"]] for picture in (row, alone)]
+        assert row["file"] == alone["file"] and shares[0] == pytest.approx(shares[1], abs=1 - ALIKE)
     assert {path.name for path in (tmp_path / "two").iterdir()} == {"labels", "legend.png", "classes.txt", "report.json"}
 
 
@@ -224,7 +240,9 @@ def test_photos_are_predicted_upright(folder, tmp_path):
         with Image.open(tmp_path / f"in/{mark}.jpg") as picture:
             upright = np.array(ImageOps.exif_transpose(picture))
         labels = labels_of(tmp_path / f"out/labels/{mark}.png")
-        np.testing.assert_array_equal(labels, by_hand(folder, upright))
+        assert agreement(labels, by_hand(folder, upright)) > ALIKE
+        for wrong in (upright[::-1], upright[:, ::-1], upright[::-1, ::-1]):
+            assert agreement(labels, by_hand(folder, wrong)) < 0.98, "another turn would be noticed"
         with Image.open(tmp_path / f"out/overlays/{mark}.jpg") as shown:
             assert shown.size == upright.shape[1::-1] == ((40, 56) if mark > 4 else (56, 40)) and not shown.getexif()
             assert np.abs(np.array(shown).astype(int) - overlay(upright, labels, PALETTE)).mean() < 8
@@ -275,8 +293,11 @@ def test_frames_are_predicted_as_pictures(folder, video, tmp_path, flags):
     for number, frame in enumerate(frames):
         save(frame, tmp_path / f"frames/{number:06d}.png")
     run(folder, tmp_path / "pictures", source=tmp_path / "frames")
-    assert contents(tmp_path / "out/labels/drive") == contents(tmp_path / "pictures/labels")
-    assert len(frames) == 7 and len(set(contents(tmp_path / "out/labels/drive").values())) == 7
+    folders = tmp_path / "out/labels/drive", tmp_path / "pictures/labels"
+    of_video, of_pictures = ([labels_of(path) for path in sorted(folder.iterdir())] for folder in folders)
+    same = np.array([[agreement(one, two) for two in of_pictures] for one in of_video])
+    assert len(frames) == 7 and same.shape == (7, 7) and same.diagonal().min() > ALIKE and same[~np.eye(7, dtype=bool)].max() < 0.99, same
+    assert contents(folders[0]).keys() == contents(folders[1]).keys()
     assert [row["frame"] for row in report["pictures"]] == list(range(7)) and report["video"]["frames"] == report["video"]["announced"] == 7
     shown, shown_rate = read_video(tmp_path / "out/overlays/drive.mp4")
     assert len(shown) == 7 and shown_rate == pytest.approx(rate) == 12.5
@@ -544,7 +565,7 @@ def test_what_is_no_error_of_the_system_says_its_reason():
         raise OSError("encoder error -2")
 
 
-def test_real_pictures_of_several_data_sets(folder, tmp_path):
+def test_real_pictures_of_several_data_sets(tmp_path):
     """Sizes 640x426, 500x366 and 683x512 or so, in colours of a phone and of a camera: labels at each picture's own size."""
     names = ("000000025394.jpg", "2007_000033.jpg", "ADE_val_00000053.jpg")
     sizes = {}
@@ -553,9 +574,11 @@ def test_real_pictures_of_several_data_sets(folder, tmp_path):
         (tmp_path / "in" / name).write_bytes(shared(f"samples/{name}").read_bytes())
         with Image.open(io.BytesIO((tmp_path / "in" / name).read_bytes())) as picture:
             sizes[name] = picture.size
-    report = run(folder, tmp_path / "out", "--mode", "slide", "--window", "256", "--stride", "256", source=tmp_path / "in")
-    assert {row["file"]: (row["width"], row["height"]) for row in report["pictures"]} == sizes
     image = np.array(Image.open(tmp_path / "in/2007_000033.jpg").convert("RGB"))
-    wanted = by_hand(folder, image, Inference("slide", (256, 256), (256, 256)))
-    np.testing.assert_array_equal(labels_of(tmp_path / "out/labels/2007_000033.png"), wanted)
+    save_model(tmp_path / "student.pth", num_classes=11, dataset="camvid", pictures=torch.from_numpy(image).permute(2, 0, 1)[None])
+    report = run(tmp_path, tmp_path / "out", "--mode", "slide", "--window", "256", "--stride", "256", source=tmp_path / "in")
+    assert {row["file"]: (row["width"], row["height"]) for row in report["pictures"]} == sizes
+    wanted = by_hand(tmp_path, image, Inference("slide", (256, 256), (256, 256)))
+    assert agreement(wanted, by_hand(tmp_path, image)) < 0.98, "the mode changes something"
+    assert agreement(labels_of(tmp_path / "out/labels/2007_000033.png"), wanted) > ALIKE
     assert predict.plan([FilePair(name, str(tmp_path / "in" / name), None, None) for name in names * 2], 2) == [[0, 3], [1, 4], [2, 5]]

@@ -167,14 +167,15 @@ def distil(folder: Path, *arguments, **options) -> Started:
     return script(folder, "train_kd.py", "--teacher-checkpoint", "teacher.pth", *TINY_STUDENT, *RUN, *arguments, **options)
 
 
-def save_model(path: Path, seed: int = 0, num_classes: int = 8, dataset: str = "shapes", **config) -> None:
-    """A checkpoint as a training of this project leaves one: random weights, with statistics that make it predict several classes."""
+def save_model(path: Path, seed: int = 0, num_classes: int = 8, dataset: str = "shapes", pictures: torch.Tensor | None = None, **config) -> None:
+    """A checkpoint as a training of this project leaves one: random weights, with statistics that make it predict several classes on
+    pictures (B, 3, H, W) uint8 like those given, or of noise."""
     torch.manual_seed(seed)
     model = build_model("pspnet", "mobilenetv2", num_classes, head_width=8)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
-        model(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
+        model(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8) if pictures is None else pictures)
     config = {"model": model.config, "teacher": None, "dataset": dataset, "options": {}, **config}
     checkpoint.save(path, {"student": model.state_dict(), "step": 0, "metrics": {}, "config": config})

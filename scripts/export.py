@@ -5,11 +5,12 @@
     python -m scripts.export --checkpoint ... --output student_int8.onnx --quantize int8 --check --data DIR
     python -m scripts.export --checkpoint ... --output student.pt2 --format torch.export --scores
 
-Input `image`: (B, 3, H, W) uint8, RGB, not normalised; any batch, height and width, unless --size fixes the last two. Outputs: `labels`
-(B, H, W) uint8 as eval.py predicts them (whole pictures, one scale), with --scores also `scores` (B, K, h, w) float32 at the model's
-stride. Auxiliary heads are dropped, BatchNorms folded. The file holds `segkd.json`: classes, colours, normalisation, checkpoint and its
-SHA-256, commit; FILE.json beside it says the same, and with --check what was measured. --check ends with status 1 where fewer than
-99.9 % of the labels of a file in float32 agree. ONNX takes 10 to 60 s on one core, and onnx, onnxscript and onnxruntime, which are optional.
+Input `image`: (B, 3, H, W) uint8, RGB, not normalised; any batch, any height and width of at least 32 pixels, unless --size fixes these
+two. Outputs: `labels` (B, H, W) uint8 as eval.py predicts them (whole pictures, one scale), with --scores also `scores` (B, K, h, w)
+float32 at the model's stride. Auxiliary heads are dropped, BatchNorms folded. The file holds `segkd.json`: classes, colours,
+normalisation, checkpoint and its SHA-256, commit; FILE.json beside it says the same, and with --check what was measured. --check ends
+with status 1 where fewer than 99.9 % of the labels of a file in float32 agree. ONNX takes 10 to 60 s on one core, and onnx and
+onnxscript, with --check or --quantize also onnxruntime, which are optional.
 
     session = onnxruntime.InferenceSession("student.onnx")
     labels = session.run(["labels"], {"image": picture.transpose(2, 0, 1)[None]})[0]          # picture: (H, W, 3) uint8 RGB
@@ -49,6 +50,7 @@ from utils.session import check_classes, run_script
 METADATA = "segkd.json"
 AGREEMENT = 0.999  # share of labels; what is missing are pixels whose two best scores are equal but for rounding
 EXAMPLE = (2, 3, 97, 131)  # every stride gives maps of another size, so that no two are equal by chance
+SMALLEST = 32  # pixels of a side: what is done to smaller maps, as in SegFormer's attention, is not in the file
 CROPS = 8  # pictures that are also checked in parts of odd size
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -123,12 +125,13 @@ def describe(model, options) -> dict:
         logger.warning("%s does not name its classes, nor does the exported file; --dataset does", options.checkpoint)
     order, mean, std = NORMALIZATIONS[built["normalization"]]
     height, width = options.size or ("H", "W")
+    meaning = "RGB, 0..255, not normalised" + ("" if options.size else f"; at least {SMALLEST}x{SMALLEST} pixels")
     outputs = {"labels": {"dtype": "uint8", "shape": ["B", height, width], "meaning": "class number of every pixel"}}
     if options.scores:
         outputs["scores"] = {"dtype": "float32", "shape": ["B", model.num_classes, "h", "w"], "meaning": f"class scores at stride {model.stride}"}
     return {
         "format": options.format, "model": built["model"], "backbone": built["backbone"], "head_width": built["head_width"],
-        "input": {"image": {"dtype": "uint8", "shape": ["B", 3, height, width], "meaning": "RGB, 0..255, not normalised"}}, "outputs": outputs,
+        "input": {"image": {"dtype": "uint8", "shape": ["B", 3, height, width], "meaning": meaning}}, "outputs": outputs,
         "size": options.size and list(options.size), "num_classes": model.num_classes, "classes": classes,
         "colours": colours and [list(colour) for colour in colours], "quantization": None,
         "normalization": {"name": built["normalization"], "order": order, "mean": list(mean), "std": list(std), "inside": True},
@@ -330,11 +333,13 @@ def picture_of(pictures, number: int, size: tuple[int, int] | None) -> tuple[np.
 
 
 def check_sizes(items, size: tuple[int, int] | None) -> None:
-    """ValueError where a picture is smaller than a file of fixed size takes."""
-    for item in items if size else ():
+    """ValueError where a picture is smaller than the file takes."""
+    for item in items:
         height, width = item.size()
-        if height < size[0] or width < size[1]:
+        if size and (height < size[0] or width < size[1]):
             raise ValueError(f"--size {size[0]} {size[1]}: picture {item.name} has {height} {width}; choose at most that")
+        if min(height, width) < SMALLEST:
+            raise ValueError(f"picture {item.name} has {height} {width}, the file takes at least {SMALLEST} {SMALLEST}; use larger pictures")
 
 
 def spread(items: list, count: int) -> list:

@@ -25,7 +25,7 @@ from utils.metrics import Inference
 from utils.options import EXPORTS, export_options
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
-SIZES = ((1, 64, 64), (1, 33, 130), (3, 71, 50))  # batch, height, width
+SIZES = ((1, 64, 64), (1, 33, 130), (3, 71, 50), (1, 32, 32))  # batch, height, width
 
 
 def needs_onnx():
@@ -111,6 +111,7 @@ def test_the_file_says_what_it_is(folder, exported, kind):
     found, beside = json.loads(files[export.METADATA]), json.loads(path.with_name(path.name + ".json").read_text())
     assert found["classes"] == list(shapes.CLASSES) and found["colours"][3] == [3, 6, 9]
     assert found["checkpoint"] == {"file": "student.pth", "sha256": checkpoint.fingerprint(folder / "student.pth")}
+    assert found["input"]["image"]["meaning"] == "RGB, 0..255, not normalised; at least 32x32 pixels"
     assert found["normalization"]["mean"] == pytest.approx([123.675, 116.28, 103.53]) and found["normalization"]["inside"]
     assert found == {name: beside[name] for name in found} and beside["sha256"] == checkpoint.fingerprint(path)
     assert beside["bytes"] == path.stat().st_size < 1.1 * (folder / "student.pth").stat().st_size, "weights once, and the graph"
@@ -166,6 +167,27 @@ def test_check_reports_and_fails(folder, monkeypatch):
     assert run(folder, *flags, output="wrong.pt") == 1
     report = json.loads((folder / "wrong.pt.json").read_text())["check"]
     assert report["label_agreement"] == pytest.approx(1 - 9 / 96, abs=1e-3) and report["largest_score_difference"] is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_segformer_at_the_smallest_size():
+    """Its attention pads maps of smaller pictures, which the trace of a larger one leaves out."""
+    model = trained(build_model("segformer", "mit_b0", 3, head_width=8))
+    labeller = Labeller(deployable(model)[0], False)
+    traced = torch.jit.trace(labeller, (pictures(*export.EXAMPLE[::2], export.EXAMPLE[3]),), check_trace=False)
+    image = pictures(1, export.SMALLEST, export.SMALLEST)
+    assert (traced(image) == Inference()(model, image)).double().mean() > 0.999
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        traced(pictures(1, 28, 28))
+
+
+def test_pictures_smaller_than_the_file_takes():
+    class Item:
+        name, size = "tiny.png", staticmethod(lambda: (31, 40))
+
+    with pytest.raises(ValueError, match="^picture tiny.png has 31 40, the file takes at least 32 32; use larger pictures$"):
+        export.check_sizes([Item], None)
 
 
 @pytest.mark.slow

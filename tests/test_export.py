@@ -169,6 +169,36 @@ def test_check_reports_and_fails(folder, monkeypatch):
     assert report["label_agreement"] == pytest.approx(1 - 9 / 96, abs=1e-3) and report["largest_score_difference"] is None
 
 
+@pytest.mark.parametrize("wrong", ["shifted", "nan", "infinite"])
+def test_check_judges_scores(folder, monkeypatch, caplog, wrong):
+    """Labels that are right do not excuse scores that are not: all of one picture off by a hundredth of the largest, or one without value."""
+    right = export.runner
+
+    def runner(options):
+        function, calls = right(options), []
+
+        def spoiled(image):
+            labels, scores = function(image)
+            scores = scores.clone()
+            if len(calls) == 1:  # of the first picture, behind the pass that allocates
+                if wrong == "shifted":
+                    scores += 0.01 * scores.abs().max()
+                else:
+                    scores[0, 0, 0, 0] = {"nan": np.nan, "infinite": np.inf}[wrong]
+            calls.append(image)
+            return labels, scores
+
+        return spoiled
+
+    monkeypatch.setattr(export, "runner", runner)
+    with caplog.at_level("ERROR", logger=export.logger.name):
+        assert run(folder, "--format", "torchscript", "--check", "--limit", "2", "--scores", output=f"{wrong}.pt") == 1
+    found = json.loads((folder / f"{wrong}.pt.json").read_text())["check"]
+    assert found["label_agreement"] > 0.999 and found["crops"]["largest_score_difference"] < 1e-3 * found["largest_score"]
+    share = found["largest_score_difference"] / found["largest_score"]
+    assert 0.005 < share < 0.011 if wrong == "shifted" else share == float("inf")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_segformer_at_the_smallest_size():

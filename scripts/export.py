@@ -119,10 +119,14 @@ def need_packages() -> None:
 
 
 def describe(model, options) -> dict:
-    """What a user of the file has to know, as plain values."""
+    """What a user of the file has to know, as plain values. ValueError where the checkpoint contradicts itself."""
     config = read_state(options.checkpoint)[1]["config"] or {}
     spec, built = options.spec, model.config
     classes, colours = (config.get(name) or (spec and [*getattr(spec, name)]) for name in ("classes", "colours"))
+    for name, values in (("classes", classes), ("colours", colours)):
+        if values is not None and not (isinstance(values, (list, tuple)) and len(values) == model.num_classes):
+            found = len(values) if isinstance(values, (list, tuple)) else "no list of"
+            raise ValueError(f"{options.checkpoint}: its config has {found} {name}, the network {model.num_classes}; use another copy of it")
     if classes is None:
         logger.warning("%s does not name its classes, nor does the exported file; --dataset does", options.checkpoint)
     order, mean, std = NORMALIZATIONS[built["normalization"]]

@@ -170,9 +170,9 @@ def test_check_reports_and_fails(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["shifted", "nan", "infinite"])
-def test_check_judges_scores(folder, monkeypatch, caplog, wrong):
+def test_check_judges_scores(folder, monkeypatch, wrong):
     """Labels that are right do not excuse scores that are not: all of one picture off by a hundredth of the largest, or one without value."""
-    right = export.runner
+    right, lines = export.runner, []
 
     def runner(options):
         function, calls = right(options), []
@@ -191,8 +191,9 @@ def test_check_judges_scores(folder, monkeypatch, caplog, wrong):
         return spoiled
 
     monkeypatch.setattr(export, "runner", runner)
-    with caplog.at_level("ERROR", logger=export.logger.name):
-        assert run(folder, "--format", "torchscript", "--check", "--limit", "2", "--scores", output=f"{wrong}.pt") == 1
+    monkeypatch.setattr(export.logger, "error", lambda text, *values: lines.append(text % values))
+    assert run(folder, "--format", "torchscript", "--check", "--limit", "2", "--scores", output=f"{wrong}.pt") == 1
+    assert len(lines) == 1 and "a score differs from PyTorch's by" in lines[0]
     found = json.loads((folder / f"{wrong}.pt.json").read_text())["check"]
     assert found["label_agreement"] > 0.999 and found["crops"]["largest_score_difference"] < 1e-3 * found["largest_score"]
     share = found["largest_score_difference"] / found["largest_score"]
@@ -249,6 +250,14 @@ def test_a_checkpoint_of_torchvision(tmp_path):
     assert not [name for name, _ in torch.jit.load(tmp_path / "out.pt").named_parameters() if "aux" in name]
     options = export_options(["--checkpoint", str(tmp_path / "theirs.pth"), "--output", "unread", "--dataset", "voc"], description="")
     assert export.describe(model_from_checkpoint(tmp_path / "theirs.pth")[0], options)["classes"][15] == "person"
+
+
+@pytest.mark.parametrize("config", [{"classes": ["a", "b", "c"]}, {"classes": list("abcdefgh"), "colours": [[1, 2, 3]]}, {"classes": "abcdefgh"}])
+def test_a_file_does_not_name_other_classes_than_it_has(tmp_path, config):
+    save_model(tmp_path / "student.pth", **config)
+    with pytest.raises(ValueError, match="student.pth: its config has (3 classes|1 colours|no list of classes), the network 8; use another copy"):
+        run(tmp_path, "--format", "torchscript")
+    assert [path.name for path in tmp_path.iterdir()] == ["student.pth"]
 
 
 def test_refusals(folder, tmp_path, monkeypatch):

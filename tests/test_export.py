@@ -300,7 +300,7 @@ def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatc
 WRONG = {
     "split": (("--split", "val"), "--split val is read by --check alone"),
     "limit": (("--quantize", "int8", "--limit", "3"), "--limit 3 is read by --check alone"),
-    "data": (("--data", "somewhere"), "--data somewhere is read by --check or --quantize int8 alone"),
+    "data": (("--data", "somewhere"), "--data somewhere is read by --check, --quantize int8 or --dataset folder alone"),
     "calibration": (("--check", "--calibration", "5"), "--calibration 5 is read by --quantize int8 alone"),
     "quantize": (("--quantize", "int8", "--format", "torchscript"), "--quantize int8 makes files of --format onnx, --format is torchscript"),
     "size": (("--size", "64", "--format", "torchscript"), "--size: a file of torchscript takes pictures of any size"),
@@ -319,6 +319,13 @@ def test_flags_that_nobody_reads(folder, case, capsys):
         output = "out.onnx" if case == "ending" else "out"
         export_options(["--checkpoint", str(folder / "student.pth"), "--output", output, *flags], description="")
     assert end.value.code == 2 and message in (text := capsys.readouterr().err) and text.count("\n") == 1
+
+
+def test_classes_of_a_folder_of_ones_own(tmp_path):
+    """--dataset folder takes them from classes.txt, without a check."""
+    (tmp_path / "classes.txt").write_text("road\ncar\nsky\n")
+    given = ["--checkpoint", "unread", "--output", "unread", "--dataset", "folder", "--data", str(tmp_path)]
+    assert export_options(given, description="").spec.classes == ("road", "car", "sky")
 
 
 # ------------------------------------------------------------------------------------------------------------ models/deploy.py

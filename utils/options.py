@@ -323,7 +323,7 @@ def export_options(argv=None, *, description: str) -> Options:
     group = parser.add_argument_group("check")
     add(group, "check", False, "compare the file with PyTorch on pictures of --data")
     add(group, "dataset", None, f"data set: {', '.join(SPECS)}; none: the one that the checkpoint names", type=str)
-    add(group, "data", None, "folder of the data set, for --check and --quantize", type=str)
+    add(group, "data", None, "folder of the data set, for --check, --quantize and --dataset folder", type=str)
     add(group, "split", None, "split to check on; none: the one the data set reports", type=str)
     add(group, "limit", None, "check on the first N pictures alone", type=int, minimum=1)
     given = parser.parse(sys.argv[1:] if argv is None else argv)
@@ -333,9 +333,10 @@ def export_options(argv=None, *, description: str) -> Options:
 def _resolve_export(parser, given: dict) -> Options:
     check, quantize = given.get("check"), given.get("quantize")
     kind = given.get("format", parser.defaults["format"])
-    for name, reader in (("split", check), ("limit", check), ("data", check or quantize), ("calibration", quantize)):
+    folder = given.get("dataset") == "folder"  # whose classes.txt names the classes
+    for name, reader in (("split", check), ("limit", check), ("data", check or quantize or folder), ("calibration", quantize)):
         if name in given and not reader:
-            readers = {"calibration": "--quantize int8", "data": "--check or --quantize int8"}.get(name, "--check")
+            readers = {"calibration": "--quantize int8", "data": "--check, --quantize int8 or --dataset folder"}.get(name, "--check")
             raise ValueError(f"--{name} {given[name]} is read by {readers} alone; add it, or drop the flag")
     meant = next((name for name, ending in EXPORTS.items() if given["output"].endswith(ending)), kind)
     if meant != kind:

@@ -65,12 +65,15 @@ def main(options, device) -> int:
     if is_label_assisted(model):
         raise ValueError(f"{options.checkpoint}: a label-assisted teacher needs the labels that it would predict; give a student")
     spec, output = options.spec, Path(options.output)
+    beside = output.with_name(output.name + ".json")
     if spec is not None:
         check_classes(model, options.checkpoint, spec)
     if output.is_dir():
         raise ValueError(f"--output {output}: is a folder; give the name of the file")
     if output.exists() and output.samefile(options.checkpoint):
         raise ValueError(f"--output {output}: is the checkpoint itself; choose another name")
+    if output.exists() and not beside.exists():
+        raise ValueError(f"--output {output}: exists, and was not written by scripts.export ({beside.name} is missing); choose another name")
     pictures = calibration = None
     if options.check:
         pictures = build_dataset(spec, options.data, options.split or spec.report_split)
@@ -97,6 +100,8 @@ def main(options, device) -> int:
     size = "any size" if options.size is None else "x".join(map(str, options.size))
     logger.info("%s: %.2f MB, pictures of %s, %d BatchNorms folded, %.0f s", output, len(content) / 1e6, size, folded, time.perf_counter() - start)
     report = metadata | {"file": output.name, "bytes": len(content), "sha256": checkpoint.fingerprint(output)}
+    report |= {"command": command(), "environment": environment()}
+    write_text(beside, json.dumps(report, indent=1) + "\n")  # before the check, which may be interrupted: the file is ours all the same
     status = 0
     if options.check:
         report["check"] = check(model, options, pictures)
@@ -104,8 +109,7 @@ def main(options, device) -> int:
         for fault in faults(report["check"]) if not options.quantize else ():
             logger.error("error: %s: %s; do not ship it", output, fault)
             status = 1
-    report |= {"command": command(), "environment": environment()}
-    write_text(output.with_name(output.name + ".json"), json.dumps(report, indent=1) + "\n")
+        write_text(beside, json.dumps(report, indent=1) + "\n")
     return status
 
 

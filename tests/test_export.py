@@ -260,6 +260,26 @@ def test_a_file_does_not_name_other_classes_than_it_has(tmp_path, config):
     assert [path.name for path in tmp_path.iterdir()] == ["student.pth"]
 
 
+def test_no_file_but_its_own_is_replaced(tmp_path, monkeypatch):
+    """One whose check was interrupted is its own too."""
+    save_model(tmp_path / "student.pth")
+    save_model(tmp_path / "other.pth")
+    before = (tmp_path / "other.pth").read_bytes()
+    with pytest.raises(ValueError, match=r"other.pth: exists, and was not written by scripts.export \(other.pth.json is missing\); choose another"):
+        run(tmp_path, "--format", "torchscript", output="other.pth")
+    assert (tmp_path / "other.pth").read_bytes() == before
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "check", interrupted)
+        run(tmp_path, "--format", "torchscript", "--check")
+    assert "check" not in json.loads((tmp_path / "out.pt.json").read_text())
+    assert run(tmp_path, "--format", "torchscript", "--scores") == 0
+    assert "scores" in json.loads((tmp_path / "out.pt.json").read_text())["outputs"]
+
+
 def test_refusals(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--output .*: is a folder; give the name of the file"):
         run(folder, "--format", "torchscript", output=".")

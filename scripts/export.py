@@ -40,7 +40,7 @@ from dataset import build_dataset
 from models.deploy import Labeller, deployable
 from models.normalization import NORMALIZATIONS
 from models.weights import model_from_checkpoint, read_state
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.distill import is_label_assisted
 from utils.files import replace_file
 from utils.log import logger, progress_bar
@@ -59,6 +59,8 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def main(options, device) -> int:
+    if distributed.world() > 1:
+        raise ValueError(f"a file is exported by one process, {distributed.world()} were started; start it without torchrun")
     if options.format == "onnx":
         need_packages()
     model, found = model_from_checkpoint(options.checkpoint, normalization=options.normalization)

@@ -28,6 +28,7 @@ from models.deploy import deployable
 from models.weights import model_from_checkpoint
 from scripts.benchmark import cpu_name
 from scripts.watch import watched
+from utils import distributed
 from utils.engine import AMP
 from utils.log import logger, progress_bar
 from utils.metrics import Inference
@@ -39,6 +40,8 @@ PERCENTILES = (50, 90, 99)
 
 
 def main(options, device) -> None:
+    if distributed.world() > 1:
+        raise ValueError(f"networks are profiled by one process, {distributed.world()} were started; start it without torchrun")
     output = Path(options.output) if options.output else None
     if output is not None:
         if output.exists() and not output.is_dir():

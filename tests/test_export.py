@@ -280,6 +280,13 @@ def test_no_file_but_its_own_is_replaced(tmp_path, monkeypatch):
     assert "scores" in json.loads((tmp_path / "out.pt.json").read_text())["outputs"]
 
 
+def test_one_process(folder, monkeypatch):
+    monkeypatch.setattr(export.distributed, "world", lambda: 2)
+    with pytest.raises(ValueError, match="^a file is exported by one process, 2 were started; start it without torchrun$"):
+        run(folder, "--format", "torchscript", output="ranks.pt")
+    assert not (folder / "ranks.pt").exists()
+
+
 def test_refusals(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--output .*: is a folder; give the name of the file"):
         run(folder, "--format", "torchscript", output=".")

@@ -92,6 +92,12 @@ def test_wrong_flags(case, capsys):
     assert end.value.code == 2 and message in (text := capsys.readouterr().err) and text.count("\n") == 1
 
 
+def test_one_process(monkeypatch):
+    monkeypatch.setattr(profile.distributed, "world", lambda: 2)
+    with pytest.raises(ValueError, match="^networks are profiled by one process, 2 were started; start it without torchrun$"):
+        run("--models", TINY, "--sizes", "32x32")
+
+
 def test_wrong_networks_and_folders(tmp_path):
     with pytest.raises(ValueError, match="there is no backbone 'resnet19'"):
         run("--models", "deeplabv3:resnet19", "--sizes", "32x32")

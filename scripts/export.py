@@ -62,7 +62,7 @@ def main(options, device) -> int:
     if distributed.world() > 1:
         raise ValueError(f"a file is exported by one process, {distributed.world()} were started; start it without torchrun")
     if options.format == "onnx":
-        need_packages()
+        need_packages(run=bool(options.check or options.quantize))
     model, found = model_from_checkpoint(options.checkpoint, normalization=options.normalization)
     if is_label_assisted(model):
         raise ValueError(f"{options.checkpoint}: a label-assisted teacher needs the labels that it would predict; give a student")
@@ -115,13 +115,15 @@ def main(options, device) -> int:
     return status
 
 
-def need_packages() -> None:
-    """ValueError with the command that installs what ONNX takes, where it is missing."""
-    for name in PACKAGES:
+def need_packages(run: bool) -> None:
+    """ValueError with the command that installs what ONNX takes, where it is missing; onnxruntime is taken by what runs the file alone."""
+    packages = PACKAGES if run else PACKAGES[:2]
+    for name in packages:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ValueError(f"--format onnx needs {name}; pip install {' '.join(PACKAGES)}, or choose --format torch.export") from error
+            flags = "--format onnx" + (" with --check or --quantize" if name == "onnxruntime" else "")
+            raise ValueError(f"{flags} needs {name}; pip install {' '.join(packages)}, or choose --format torch.export") from error
 
 
 def describe(model, options) -> dict:

@@ -314,14 +314,21 @@ def test_refusals(folder, tmp_path, monkeypatch):
     assert not (folder / "none").exists()
 
 
+@pytest.mark.parametrize("flags", [(), ("--check",), ("--quantize", "int8")])
 @pytest.mark.parametrize("name", export.PACKAGES)
-def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, name):
+def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, name, flags):
     for package in export.PACKAGES:
         monkeypatch.setitem(sys.modules, package, copy) if package != name else monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError):
         importlib.import_module(name)
-    with pytest.raises(ValueError, match=f"^--format onnx needs {name}; pip install onnx onnxscript onnxruntime, or choose --format torch.export$"):
-        run(tmp_path, name="missing.pth", output="student.onnx")
+    message = f"^--format onnx needs {name}; pip install onnx onnxscript, or choose --format torch.export$"
+    if flags:
+        what = "--format onnx with --check or --quantize" if name == "onnxruntime" else "--format onnx"
+        message = f"^{what} needs {name}; pip install onnx onnxscript onnxruntime, or choose --format torch.export$"
+    elif name == "onnxruntime":
+        message = "missing.pth: no such file"  # it is not needed
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "--dataset", "shapes", *flags, name="missing.pth", output="student.onnx")
 
 
 WRONG = {

@@ -29,6 +29,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -95,9 +96,10 @@ def main(options, device) -> int:
     start = time.perf_counter()
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        content = convert(labeller, options, metadata)
-        if options.quantize:
-            content = quantized(content, (picture_of(calibration, k, options.size)[0] for k in range(len(calibration))), metadata)
+    content = convert(labeller, options, metadata)
+    if options.quantize:
+        content = quantized(content, (picture_of(calibration, k, options.size)[0] for k in range(len(calibration))), metadata)
+    with writing(output):
         replace_file(output, content)
     size = "any size" if options.size is None else "x".join(map(str, options.size))
     logger.info("%s: %.2f MB, pictures of %s, %d BatchNorms folded, %.0f s", output, len(content) / 1e6, size, folded, time.perf_counter() - start)
@@ -166,19 +168,26 @@ def convert(labeller: Labeller, options, metadata: dict) -> bytes:
     """
     image = torch.zeros(*EXAMPLE[:2], *(options.size or EXAMPLE[2:]), dtype=torch.uint8)
     dynamic = dict.fromkeys((0, 2, 3) if options.size is None else (0,), torch.export.Dim.DYNAMIC)
+    remedy = "choose another --format" + ("" if options.size or options.format == "torchscript" else ", or fix the size with --size HEIGHT WIDTH")
+    with foreign(f"{metadata['model']} on {metadata['backbone']} cannot be exported to {options.format}", remedy):
+        if options.format == "torchscript":
+            return torchscript(labeller, image, metadata)
+        # without this, an exported program takes no batch of one, and none of the sizes at which a map shrinks to one position
+        with shape_config.patch(backed_size_oblivious=True):
+            program = torch.export.export(labeller, (image,), dynamic_shapes=(dynamic,))
+        return onnx_file(program, labeller, metadata) if options.format == "onnx" else exported_program(program, metadata)
+
+
+@contextmanager
+def foreign(fault: str, remedy: str):
+    """Around exporters and runtimes: without their warnings about themselves, and their errors, which may be of any kind, in one line."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters about themselves
-            if options.format == "torchscript":
-                return torchscript(labeller, image, metadata)
-            # without this, an exported program takes no batch of one, and none of the sizes at which a map shrinks to one position
-            with shape_config.patch(backed_size_oblivious=True):
-                program = torch.export.export(labeller, (image,), dynamic_shapes=(dynamic,))
-            return onnx_file(program, labeller, metadata) if options.format == "onnx" else exported_program(program, metadata)
-    except Exception as error:  # exporters raise almost anything
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        remedy = "choose another --format" + ("" if options.size or options.format == "torchscript" else ", or fix the size with --size HEIGHT WIDTH")
-        raise ValueError(f"{metadata['model']} on {metadata['backbone']} cannot be exported to {options.format} ({reason}); {remedy}") from error
+        raise ValueError(f"{fault} ({reason}); {remedy}") from error
 
 
 def torchscript(labeller: Labeller, image: Tensor, metadata: dict) -> bytes:
@@ -235,8 +244,7 @@ def quantized(content: bytes, pictures: Iterable[np.ndarray], metadata: dict) ->
             image = next(self.images, None)
             return None if image is None else {"image": image}
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with foreign("the file cannot be quantized", "export it without --quantize"), tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "int8.onnx")
         logging.disable(logging.WARNING)  # advice to fuse BatchNorms, which are folded
         try:
@@ -255,17 +263,25 @@ def quantized(content: bytes, pictures: Iterable[np.ndarray], metadata: dict) ->
 def runner(options) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """The file just written, as a function of a picture. No other file is loaded: TorchScript and torch.export run what they hold."""
     path = options.output
-    if options.format == "onnx":
-        import onnxruntime
+    with foreign(f"{path} does not load", "do not ship it, and choose another --format"):
+        if options.format == "onnx":
+            import onnxruntime
 
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-        return lambda image: tuple(map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run = torch.jit.load(path, map_location="cpu") if options.format == "torchscript" else torch.export.load(path).module()
-    return lambda image: tuple(result) if isinstance(result := run(image), (tuple, list)) else (result,)
+            settings = onnxruntime.SessionOptions()
+            settings.intra_op_num_threads = torch.get_num_threads()
+            session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+            def function(image):
+                return map(torch.from_numpy, session.run(None, {"image": image.numpy()}))
+        else:
+            function = torch.jit.load(path, map_location="cpu") if options.format == "torchscript" else torch.export.load(path).module()
+
+    def run(image):
+        with foreign(f"{path} does not run on a picture of {'x'.join(map(str, image.shape[2:]))}", "do not ship it, and choose another --format"):
+            result = function(image)
+        return (result,) if isinstance(result, Tensor) else tuple(result)
+
+    return run
 
 
 @torch.no_grad()

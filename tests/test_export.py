@@ -280,6 +280,38 @@ def test_no_file_but_its_own_is_replaced(tmp_path, monkeypatch):
     assert "scores" in json.loads((tmp_path / "out.pt.json").read_text())["outputs"]
 
 
+def test_errors_of_runtimes_are_one_line(tmp_path, monkeypatch):
+    for kind in ("torchscript", "torch.export"):
+        (tmp_path / "broken").write_text("no such thing")
+        with pytest.raises(ValueError, match=r"broken does not load \(.+\); do not ship it, and choose another --format$"):
+            load(kind, tmp_path / "broken")
+
+    def fails(image):
+        raise RuntimeError("\nno such operation\nsecond line")
+
+    monkeypatch.setattr(torch.jit, "load", lambda path, map_location: fails)
+    with pytest.raises(ValueError, match=r"out.pt does not run on a picture of 40x50 \(no such operation\); do not ship it, and choose another"):
+        load("torchscript", tmp_path / "out.pt")(pictures(1, 40, 50))
+
+
+def test_errors_of_onnx_are_one_line(tmp_path, monkeypatch):
+    needs_onnx()
+    import onnx
+    from onnxruntime import quantization
+
+    (tmp_path / "broken.onnx").write_text("no such thing")
+    with pytest.raises(ValueError, match=r"broken.onnx does not load \(.+\); do not ship it"):
+        load("onnx", tmp_path / "broken.onnx")
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(onnx, "load_from_string", lambda content: None)
+    monkeypatch.setattr(quantization, "quantize_static", fails)
+    with pytest.raises(ValueError, match=r"^the file cannot be quantized \(no such operation\); export it without --quantize$"):
+        export.quantized(b"", [], {})
+
+
 def test_one_process(folder, monkeypatch):
     monkeypatch.setattr(export.distributed, "world", lambda: 2)
     with pytest.raises(ValueError, match="^a file is exported by one process, 2 were started; start it without torchrun$"):

@@ -10,7 +10,7 @@ two. Outputs: `labels` (B, H, W) uint8 as eval.py predicts them (whole pictures,
 float32 at the model's stride. Auxiliary heads are dropped, BatchNorms folded. The file holds `segkd.json`: classes, colours,
 normalisation, checkpoint and its SHA-256, commit; FILE.json beside it says the same, and with --check what was measured. --check ends
 with status 1 where fewer than 99.9 % of the labels of a file in float32 agree, or a score differs by more than a thousandth of the
-largest one. ONNX takes 10 to 60 s on one core, and onnx and
+largest one. Files of torch.export and TorchScript run on the CPU, where they were traced. ONNX takes 10 to 60 s on one core, and onnx and
 onnxscript, with --check or --quantize also onnxruntime, which are optional.
 
     session = onnxruntime.InferenceSession("student.onnx")
@@ -41,6 +41,7 @@ from dataset import build_dataset
 from models.deploy import Labeller, deployable
 from models.normalization import NORMALIZATIONS
 from models.weights import model_from_checkpoint, read_state
+from scripts.benchmark import cpu_name
 from utils import checkpoint, distributed
 from utils.distill import is_label_assisted
 from utils.files import replace_file
@@ -91,7 +92,7 @@ def main(options, device) -> int:
     labeller = Labeller(network, options.scores).eval()
     metadata = describe(model, options) | {"batchnorms_folded": folded}
     if options.quantize:
-        used = {"dataset": spec.name, "split": spec.train_split, "pictures": len(calibration)}
+        used = {"dataset": spec.name, "split": spec.train_split, "pictures": len(calibration), "part": part_of(options.size)}
         metadata["quantization"] = {"kind": "int8", "calibration": used}
     start = time.perf_counter()
     with writing(output):
@@ -232,7 +233,10 @@ def with_metadata(proto, metadata: dict):
 def quantized(content: bytes, pictures: Iterable[np.ndarray], metadata: dict) -> bytes:
     """The ONNX file with convolutions in int8: one scale per output channel of a weight, one per activation from its smallest and largest
     value on the pictures. Everything else stays in float32: the normalisation of the picture and the upsampling of the scores, which decide
-    more labels than they take time."""
+    more labels than they take time.
+
+    Activations are unsigned and weights signed. CPUs without instructions for their products (VNNI on x86) add two of them in 16 bits,
+    where they may saturate: labels can be worse there than on a CPU that has them. A check says which CPU it ran on."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -316,7 +320,8 @@ def check(model, options, pictures) -> dict:
     miou = [Scores.of(matrix, count, spec.scored).miou for matrix in matrices] if labelled and matrices.any() else [None, None]
     milliseconds = [1000 * statistics.median(form) for form in times]
     return {
-        "dataset": spec.name, "split": pictures.split, "pictures": count, **whole.plain(), "crops": crops.plain(), "threads": torch.get_num_threads(),
+        "dataset": spec.name, "split": pictures.split, "pictures": count, "part": part_of(options.size), **whole.plain(),
+        "crops": crops.plain(), "threads": torch.get_num_threads(), "cpu": cpu_name(),
         "miou": dict(zip(("pytorch", "exported"), miou, strict=True)),
         "milliseconds_per_image": dict(zip(("pytorch", "exported"), milliseconds, strict=True)),
     }  # fmt: skip
@@ -376,6 +381,11 @@ def picture_of(pictures, number: int, size: tuple[int, int] | None) -> tuple[np.
     if size is not None:
         image, target = image[: size[0], : size[1]], target[: size[0], : size[1]]
     return np.ascontiguousarray(image.transpose(2, 0, 1)[None]), np.ascontiguousarray(target)
+
+
+def part_of(size: tuple[int, int] | None) -> str:
+    """What `picture_of` takes of a picture."""
+    return "whole" if size is None else "upper left"
 
 
 def check_sizes(items, size: tuple[int, int] | None) -> None:

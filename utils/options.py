@@ -317,7 +317,8 @@ def export_options(argv=None, *, description: str) -> Options:
     add(group, "output", None, "the file to write; FILE.json comes beside it", type=str, required=True)
     add(group, "format", "onnx", "kind of file", choices=tuple(EXPORTS))
     add(group, "scores", False, "a second output: the class scores at the model's stride, float32")
-    add(group, "size", None, "one number, or height and width, that all pictures have; none: any size", type=int, nargs="+", minimum=32)
+    add(group, "size", None, "one number, or height and width, that all pictures have; none: any size. --check and --quantize take the upper "
+        "left part of larger pictures", type=int, nargs="+", minimum=32)  # fmt: skip
     add(group, "quantize", None, "convolutions in int8, of onnx alone", choices=("int8",))
     add(group, "calibration", 64, "training pictures that --quantize finds the range of activations on", minimum=1)
     group = parser.add_argument_group("check")

@@ -58,8 +58,14 @@ class Exportable(TorchFunctionMode):
         if function is F.adaptive_avg_pool2d:
             return average(*arguments, **(keywords or {}))
         if function is F.scaled_dot_product_attention and arguments[0].dim() == 3:
-            return function(*(tensor[:, None] for tensor in arguments), **(keywords or {}))[:, 0]
+            keywords = {name: fourth(value) for name, value in (keywords or {}).items()}
+            return function(*map(fourth, arguments), **keywords)[:, 0]
         return function(*arguments, **(keywords or {}))
+
+
+def fourth(value):
+    """(B, M, N) -> (B, 1, M, N); what is no tensor of three dimensions stays: a missing mask, one of all pictures, a number."""
+    return value[:, None] if isinstance(value, Tensor) and value.dim() == 3 else value
 
 
 def average(x: Tensor, size) -> Tensor:

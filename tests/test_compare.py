@@ -554,21 +554,22 @@ def run_forked(command, **_) -> SimpleNamespace:
         return SimpleNamespace(returncode=process.returncode, stdout=console.read(), stderr="")
 
 
-def run_comparison(folder: Path, arguments: list[str]) -> None:
-    """In a process of its own: the command, in `folder`, with 24, 2 and 4 pictures in the drawn splits."""
+def run_comparison(folder: Path, arguments: list[str], pictures: dict[str, int]) -> None:
+    """In a process of its own: the command, in `folder`, with so many pictures in the drawn splits."""
     os.chdir(folder)
-    shapes.COUNTS.update(train=24, val=2, test=4)
+    shapes.COUNTS.update(pictures)
     session.count_macs = lambda *_: 12  # a second of every training, for what other tests look at
     compare.subprocess = SimpleNamespace(Popen=Forked, run=run_forked, DEVNULL=None, STDOUT=None)
     sys.argv = ["compare", *arguments]
     compare.main()
 
 
-def begin(folder: Path, *arguments, flags=SMALL):
+def begin(folder: Path, *arguments, flags=SMALL, train=24, test=4):
     """Start the comparison in folder/out, with folder/teacher.pth."""
     if not (folder / "teacher.pth").exists():
         save_model(folder / "teacher.pth", 1)
-    return start(partial(run_comparison, folder, [*TEACHER, *arguments, "--output", "out", "--", *flags]), folder / "console.txt")
+    full = [*TEACHER, *arguments, "--output", "out", "--", *flags]
+    return start(partial(run_comparison, folder, full, {"train": train, "val": 2, "test": test}), folder / "console.txt")
 
 
 def figures(folder: Path) -> dict:
@@ -693,19 +694,20 @@ def test_the_whole_command(command, tmp_path, budget):
 
 
 @pytest.mark.slow
-def test_other_seeds_decide_nothing_and_planted_worse_arms_are_found(tmp_path):
-    """The student alone against itself with other seeds; against one that hardly learns, and one that imitates an untrained teacher."""
+def test_other_seeds_decide_nothing_and_a_planted_worse_arm_is_found(tmp_path):
+    """The student alone against itself with other seeds, and against one that hardly learns."""
     flags = ("--student-model", "fcn", "--student-backbone", "resnet18", "--student-head-width", "8", "--crop-size", "64", "--batch-size", "4",
-             *SMALL[8:], "--optimizer", "adamw", "--lr", "0.002", "--val-interval", "40")  # fmt: skip
-    arms = ("none", "none:seed-offset=100", "none:lr=1e-6", "kd:kd-weight=200")
-    started = begin(tmp_path, "--methods", *arms, "--seeds", "0", "1", "2", "3", "--budget", "iterations:40", flags=flags)
+             *SMALL[8:], "--optimizer", "adamw", "--lr", "0.002", "--val-interval", "80")  # fmt: skip
+    arms = ("none", "none:seed-offset=100", "none:lr=1e-6")
+    seeds = ("--seeds", "0", "1", "2", "3")
+    started = begin(tmp_path, "--methods", *arms, *seeds, "--budget", "iterations:80", flags=flags, train=128, test=64)
     assert started.wait(6000) == [0], started.text
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     verdicts = {row["arm"]: row["text"] for row in content["verdicts"] if row["other"] == "none"}
     print(*verdicts.values(), *(f"{arm['arm']}: {arm['last']:.2f} +- {arm['last_sd']:.2f}" for arm in content["arms"]), sep="\n")
     assert content["arms"][0]["last"] > 11, "more than background alone (8.5): there is something to be better or worse than"
     assert verdicts[arms[1]].startswith("none:seed-offset=100 vs none: undecided (")
-    assert verdicts[arms[2]].startswith("none:lr=1e-6 < none: -") and verdicts[arms[3]].startswith("kd:kd-weight=200 < none: -"), verdicts
+    assert verdicts[arms[2]].startswith("none:lr=1e-6 < none: -"), verdicts
 
 
 @pytest.mark.slow

@@ -609,7 +609,7 @@ def test_the_command_in_small(tmp_path, budget, arms, seeds):
 
 def test_a_comparison_that_is_killed_ends_with_the_same_figures(tmp_path):
     """kill -9 of the comparison in its first training, then of its second training alone, which the third one does not mind."""
-    arguments = ("--methods", "none", "kd", "cwd", "--seeds", "0", "--budget", "iterations:15")
+    arguments = ("--methods", "none", "kd", "cwd", "--seeds", "0", "--budget", "iterations:9")
     flags = (*SMALL, "--log-interval", "1", "--save-interval", "1")
     (tmp_path / "whole").mkdir()
     assert begin(tmp_path / "whole", *arguments, flags=flags).wait() == [0]
@@ -637,7 +637,7 @@ def test_a_comparison_that_is_killed_ends_with_the_same_figures(tmp_path):
     assert "going on from step" in (tmp_path / "out" / "runs" / "kd" / "seed0.console.txt").read_text()
     found = figures(tmp_path)
     assert found == figures(tmp_path / "whole")
-    assert [[step for step, _ in run["losses"]] for run in found["runs"]] == [[*range(1, 16)]] * 3
+    assert [[step for step, _ in run["losses"]] for run in found["runs"]] == [[*range(1, 10)]] * 3
     assert len({run["weights"] for run in found["runs"]}) == 3, "what is compared does tell trainings apart"
 
 

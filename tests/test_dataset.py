@@ -495,7 +495,7 @@ def test_workers_outlive_sigterm_and_sigint_and_end_with_the_loader():
     data = training_data()
     before = set(workers_of(os.getpid()))
     iterator = iter(build_loader(data, EndlessSampler(len(data), 4), workers=2))
-    next(iterator)
+    next(iterator), next(iterator)  # one of each worker: both have begun
     workers = set(workers_of(os.getpid())) - before
     # From another process, as torchrun and a terminal do: SIGTERM of the main process itself is obeyed.
     for name in ("TERM", "INT"):

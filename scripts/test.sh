@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the tests need and run them: a few minutes on two cores; --slow runs all. Other arguments go to pytest.
+# Install what the tests need and run them: about a quarter of an hour on two cores; --slow runs all. Other arguments go to pytest.
 #
 #   bash scripts/test.sh
 #   bash scripts/test.sh --slow

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.functional import full_precision, widen
+from losses.functional import widen
 
 
 class Chain(nn.Sequential):
@@ -22,7 +22,7 @@ class Chain(nn.Sequential):
 
     def rest(self, x: Tensor) -> Tensor:
         for layer in [*self][1:]:
-            x = layer(x)
+            x = convolve(layer, x) if isinstance(layer, nn.Conv2d) else layer(x)
         return x
 
 
@@ -55,22 +55,49 @@ class EnhancedProjector(nn.Module):
 
     def rest(self, x: Tensor) -> Tensor:
         first = F.relu(x)
-        second = F.relu(self.second(first))
-        return (self.from_first(first) + self.from_second(second)) / 2
+        second = F.relu(convolve(self.second, first))
+        return (convolve(self.from_first, first) + convolve(self.from_second, second)) / 2
 
 
 PROJECTORS = {"plain": Projector, "enhanced": EnhancedProjector, "bottleneck": BottleneckProjector}
 
 
 def generate(align: nn.Module, projector: nn.Module, feature: Tensor, mask: Tensor | None) -> Tensor:
-    """projector(align(feature) * mask), the first layers of it in the form that costs least: (B, Cs, h, w) -> (B, Ct, h, w).
+    """projector(align(feature) * mask), (B, Cs, h, w) -> (B, Ct, h, w).
 
     Args:
         align: a 1x1 convolution Cs -> Ct, nn.Identity, or any module, which is then computed as written.
         mask: (B or 1, 1, h, w) of 0 and 1, None for no mask.
     """
-    costs = front_costs(align, projector.first, feature, mask)
-    return projector.rest(as_convolved(FRONTS[min(costs, key=costs.get)](align, projector.first, as_convolved(feature), mask)))
+    return projector.rest(front(align, projector.first, feature, mask))
+
+
+def front(align: nn.Module, first: nn.Conv2d, feature: Tensor, mask: Tensor | None) -> Tensor:
+    """first(align(feature) * mask) in the form that costs least."""
+    costs = front_costs(align, first, feature, mask)
+    return as_convolved(FRONTS[min(costs, key=costs.get)](align, first, as_convolved(feature), mask))
+
+
+def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """layer(x) of a convolution without stride; under autocast its weight is converted as `_Converted` does."""
+    dtype = computed_in(x)
+    weight = layer.weight if layer.weight.dtype == dtype else _Converted.apply(layer.weight, dtype)
+    return F.conv2d(x, weight, layer.bias, padding=layer.padding)
+
+
+class _Converted(torch.autograd.Function):
+    """A parameter in another type. Its gradient is stored as the parameter is at once, where autograd first converts and then arranges
+    it: two float32 copies, 144 MiB each for 2048 -> 2048 channels."""
+
+    @staticmethod
+    def forward(ctx, weight, dtype):
+        ctx.save_for_backward(weight)
+        return weight.to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return torch.empty_like(ctx.saved_tensors[0]).copy_(gradient), None
 
 
 def as_convolved(x: Tensor) -> Tensor:
@@ -201,8 +228,11 @@ class _Product(torch.autograd.Function):
         images, pointwise = _Product.operands(kernels, matrix, ctx.dtype)
         matrix_gradient = nn.grad.conv2d_weight(images, pointwise.shape, gradient)  # (K, Ct, 1, 1)
         del images  # as large as what comes next
-        kernel_gradient = nn.grad.conv2d_input(kernels.shape, pointwise, gradient)
-        return kernel_gradient.to(kernels.dtype), matrix_gradient.flatten(1).T.to(matrix.dtype), None
+        kernel_gradient = torch.empty_like(kernels)
+        for block in range(0, len(kernels), 256):  # in half precision, all of them at once are another 72 MiB for 2048 channels
+            rows = slice(block, block + 256)
+            kernel_gradient[rows] = nn.grad.conv2d_input(kernels[rows].shape, pointwise, gradient[rows])
+        return kernel_gradient, matrix_gradient.flatten(1).T.to(matrix.dtype), None
 
     @staticmethod
     def operands(kernels, matrix, dtype):
@@ -227,7 +257,25 @@ def centre_mask(height: int, width: int, device=None) -> Tensor:
     return mask
 
 
-@full_precision
 def mimicking(generated: Tensor, teacher: Tensor, mean: bool = False) -> Tensor:
-    """Sum of squared differences over (C, h, w), averaged over B; `mean`: averaged over all elements."""
-    return F.mse_loss(generated, teacher) if mean else F.mse_loss(generated, teacher, reduction="sum") / len(generated)
+    """Sum of squared differences over (C, h, w), averaged over B, in float32 whatever the maps are in; `mean`: averaged over all elements."""
+    return _SquaredDifference.apply(generated, teacher) / (generated.numel() if mean else len(generated))
+
+
+class _SquaredDifference(torch.autograd.Function):
+    """Sum of (generated - teacher)^2. By hand, to widen maps of half precision image by image, in both passes, instead of keeping wide
+    copies of both: 127 MiB for CamVid."""
+
+    @staticmethod
+    def forward(ctx, generated, teacher):
+        ctx.save_for_backward(generated, teacher)
+        return sum((widen(ours) - widen(theirs)).square_().sum() for ours, theirs in zip(generated, teacher, strict=True))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        generated, teacher = ctx.saved_tensors
+        change = torch.empty_like(generated)
+        for found, ours, theirs in zip(change, generated, teacher, strict=True):
+            found.copy_((widen(ours) - widen(theirs)).mul_(2 * gradient))
+        return change, -change.to(teacher.dtype) if ctx.needs_input_grad[1] else None

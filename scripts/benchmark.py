@@ -4,10 +4,11 @@
     python -m scripts.benchmark --quick --methods kd cirkd          # seconds: small shapes, one repeat
     python -m scripts.benchmark --parts step --shapes camvid --amp bf16 --step-repeats 1 --methods kd afdcd afdcd:afdcd-projector=bottleneck
 
-Parts: of every method the loss, forward and backward, and the whole step (DeepLabV3-ResNet101 -> DeepLabV3-ResNet18); then the task loss,
-the teacher, the metric and the loader. Both forms run interleaved on the same fresh inputs after a warm-up; times are medians: process CPU
-time on one thread, or a GPU's own clock. Their results are compared in the same run. Ours gets maps, weights and pictures in the memory
-formats of a training, the plain form in NCHW, as published trainings have them. Under --amp bf16 both run in autocast.
+Parts: of every method the loss, forward and backward, and the whole step (DeepLabV3-ResNet101 -> DeepLabV3-ResNet18); Af-DCD's contrast
+and the front of its projector alone; then the task loss, the teacher, the metric and the loader. Both forms run interleaved on the same
+fresh inputs after a warm-up; times are medians: process CPU time on one thread, or a GPU's own clock. Their results are compared in the
+same run. Ours gets maps, weights and pictures in the memory formats of a training, the plain form in NCHW, as published trainings have
+them. Under --amp bf16 both run in autocast.
 
 Writes table.md and rows.json to --output after every row. A command that was interrupted, or another one with the same --output, goes on
 with the rows that are there; all have to be of one machine and one commit.
@@ -42,7 +43,8 @@ from torch import Tensor
 from dataset import Batch, Cache, build_dataset
 from dataset.reading import read_image, read_label
 from dataset.transforms import PAD_COLOUR, Augment, draw
-from losses import METHODS, Setup, build_methods
+from losses import METHODS, Setup, build_methods, projection
+from losses import contrast as omni
 from losses.task import TaskLoss, cross_entropy
 from models import SegOutput, build_model
 from models.backbones import on_meta
@@ -72,7 +74,7 @@ class Shape:
 
 
 LAYOUTS = {"ours": torch.channels_last, "plain": torch.contiguous_format}  # of networks and pictures
-PARTS = ("task", "teacher", "metric", "loader", "loss", "step")
+PARTS = ("task", "teacher", "metric", "loader", "piece", "loss", "step")
 SHAPES = (Shape("camvid", 11, (360, 360), 4, (360, 480)), Shape("citys", 19, (512, 1024), 2, (1024, 2048)))
 QUICK = (Shape("shapes", 5, (64, 64), 2, (64, 96), "mobilenetv3_small", "resnet18_vanilla"),)
 
@@ -260,7 +262,7 @@ class Bench:
         given = ["--method", *arm.methods, "--dataset", self.shape.dataset, *data, "--crop-size", height, width, "--save-dir", "unused"]
         given += ["--batch-size", str(self.shape.batch), "--amp", self.amp, "--max-iterations", "100"]
         given += ["--lr", "1e-6"]  # the student stays what it is, and all repeats measure the same
-        given += [text for flag, value in arm.flags.items() for text in (f"--{flag}", value)]
+        given += [text for flag, value in arm.flags.items() for text in (f"--{flag}", *value.split())]
         return train_options(given, distil=True, description="")
 
     def methods(self, options):
@@ -408,18 +410,65 @@ class Bench:
 
         def inputs(number):
             logits = {form: self.maps(number, ["logits"], "student", form)["logits"][:1].float() for form in LAYOUTS}
-            scores = {form: metrics.upsampled(map, size).contiguous(memory_format=LAYOUTS[form]) for form, map in logits.items()}
-            return logits, scores, self.batch(number).target[:1]
+            return logits, metrics.upsampled(logits["plain"], size), self.batch(number).target[:1]
 
         forms = {
-            "counts": (lambda _, scores, target: metrics.confusion(metrics.class_of(scores["ours"]), target, classes),
-                       lambda _, scores, target: plain.confusion(scores["plain"].argmax(1), target, classes)),
+            "counts": (lambda _, scores, target: metrics.confusion(metrics.class_of(scores), target, classes),
+                       lambda _, scores, target: plain.confusion(scores.argmax(1), target, classes)),
             "counts and upsampling": (lambda logits, _, target: metrics.confusion(metrics.labels_at(logits["ours"], size), target, classes),
                                       lambda logits, _, target: plain.confusion(plain.labels_at(logits["plain"], size), target, classes)),
         }  # fmt: skip
         return [
             compare(self.machine, self.row("metric", name), {"ours": ours, "plain": other}, inputs, self.repeats, differ,
-                    lambda given, name=name: bytes_of([given["and" not in name]["ours"], given[2]]))
+                    lambda given, name=name: bytes_of([given[0]["ours"] if "and" in name else given[1], given[2]]))
+            for name, (ours, other) in forms.items()
+        ]  # fmt: skip
+
+    def piece(self) -> list[Row]:
+        """Af-DCD's contrast, and alignment and first convolution of its projector under each mask, forward and backward, on maps of `c4`."""
+        options = self.options(parse_arm("afdcd")).methods["afdcd"]
+        method = self.methods(self.options(parse_arm("afdcd")))["afdcd"].to(device=self.device)
+        settings = (options.pool, options.patch, options.groups, options.tau, options.negatives, options.distance)
+        layers = method.align, method.projector.first
+
+        def run(function, leaves, direction=None):
+            with self.autocast():
+                result = function()
+                total = result if direction is None else (result.float() * direction).sum()
+            return total.detach(), torch.autograd.grad(total, leaves)
+
+        def contrast(name, form):
+            def of(maps, _):
+                generated = projection.as_convolved(maps[name][1]).detach().requires_grad_()
+                return run(lambda: form(generated, maps[name][2], *settings), [generated])
+
+            return of
+
+        def front(name, form):
+            def of(maps, direction):
+                feature = maps[name][0].detach().requires_grad_()
+                return run(lambda: form(*layers, feature), [feature, *(p for layer in layers for p in layer.parameters())], direction)
+
+            return of
+
+        def inputs(number):
+            maps = {form: (self.maps(number, ["c4"], "student", form)["c4"], *(self.maps(number + k, ["c4"], "teacher", form)["c4"] for k in (1, 2)))
+                    for form in LAYOUTS}  # fmt: skip
+            return maps, torch.randn(maps["ours"][1].shape, generator=torch.Generator().manual_seed(number)).to(self.device)
+
+        def error(ours, theirs):
+            return relative(ours[0], theirs[0]), max(relative(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
+
+        forms = {"contrast": (contrast("ours", omni.contrast), contrast("plain", plain.contrast))}
+        side = self.sizes["c4"]
+        noise = torch.rand(self.shape.batch, 1, *side, generator=torch.Generator().manual_seed(0)).to(self.device)
+        for kind, mask in (("centre", projection.centre_mask(*side, self.device)), ("random", projection.random_mask(noise, 0.75))):
+            forms[f"front, {kind} mask"] = (
+                front("ours", lambda align, first, x, mask=mask: projection.front(align, first, x, mask)),
+                front("plain", lambda align, first, x, mask=mask: projection.plain_front(align, first, x, mask)),
+            )
+        return [
+            compare(self.machine, self.row("piece", name, self.amp), {"ours": ours, "plain": other}, inputs, self.step_repeats, error)
             for name, (ours, other) in forms.items()
         ]  # fmt: skip
 
@@ -580,9 +629,9 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=names, help="crop and batch of these data sets (default: all)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD[:flag=value,...]", help="some methods alone, with flags of train_kd.py "
                         "(default: all); kd comes with them")  # fmt: skip
-    parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="of losses and steps, in both forms")
+    parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="of losses, pieces and steps, in both forms")
     parser.add_argument("--repeats", type=int, help="after the warm-up (default: 9)")
-    parser.add_argument("--step-repeats", type=int, help="of steps and teachers (default: a third of --repeats)")
+    parser.add_argument("--step-repeats", type=int, help="of steps, pieces and teachers (default: a third of --repeats)")
     parser.add_argument("--output", help="folder of table.md and rows.json (default: results/bench_MACHINE; with --quick none)")
     options = parser.parse_args(argv)
     try:
@@ -599,7 +648,8 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')}: --quick has its own; drop one of them")
     if options.methods and not {"loss", "step"} & set(options.parts):
         raise ValueError(f"--methods: --parts {' '.join(options.parts)} has no method in it; drop it, or add loss or step")
-    for flag, given, readers in (("--amp", options.amp != "off", ("loss", "step")), ("--step-repeats", options.step_repeats, ("step", "teacher"))):
+    readers_of = {"--amp": ("piece", "loss", "step"), "--step-repeats": ("piece", "step", "teacher")}
+    for (flag, readers), given in zip(readers_of.items(), (options.amp != "off", options.step_repeats), strict=True):
         if given and not {*readers} & set(options.parts):
             raise ValueError(f"{flag}: --parts {' '.join(options.parts)} does not read it; drop it, or add {' or '.join(readers)}")
     options.repeats = 1 if options.quick else 9 if options.repeats is None else options.repeats
@@ -651,7 +701,7 @@ def measure(options: argparse.Namespace, machine: Machine, results: Results) -> 
         """The rows of a part, of a method where there is one, unless they are there; a line of how far it is."""
         nonlocal done
         done += 1
-        there = results.has(part, arm.name if arm else None, bench.shape_name, options.amp if arm else None)
+        there = results.has(part, arm.name if arm else None, bench.shape_name, options.amp if arm or part == "piece" else None)
         if not there:
             new = getattr(bench, {"teacher": "teacher_forms"}.get(part, part))(*([arm] if arm else []))
             new = [new] if arm else new

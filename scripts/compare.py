@@ -93,7 +93,7 @@ def parse_arm(token: str) -> Arm:
     for setting in filter(None, settings.split(",")):
         name, equals, value = setting.partition("=")
         if not equals:
-            raise ValueError(f"--methods {token}: {setting!r} has no value; write {names}:flag=value")
+            raise ValueError(f"--methods {token}: {setting!r} has no value; write {names}:flag=value, for a switch {names}:flag=")
         name = name.strip().lstrip("-").replace("_", "-")
         if name in OWNED:
             raise ValueError(f"--methods {token}: {name} is the comparison's to set, the same for all arms; drop it")

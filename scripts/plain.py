@@ -88,16 +88,14 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int):
 
 
 def intra_class_difference(student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """`losses.ifvd.intra_class_difference` by a loop over images and classes, with maps of the centres."""
+    """`losses.ifvd.intra_class_difference` by a loop over all classes, with maps of the centres."""
     similarities = []
     for feature in (student, teacher):
         centres = feature.clone()
-        for b, image in enumerate(labels):
-            for k in image.unique().tolist():
-                if k < num_classes:
-                    mask = (image == k).to(feature.dtype)  # (h, w)
-                    centre = (feature[b] * mask).sum((1, 2)) / (mask.sum() + 1e-6)
-                    centres[b] = centres[b] * (1 - mask) + centre[:, None, None] * mask
+        for k in range(num_classes):
+            mask = (labels == k)[:, None].to(feature.dtype)  # (B, 1, h, w)
+            centre = (feature * mask).sum((2, 3), keepdim=True) / (mask.sum((2, 3), keepdim=True) + 1e-6)
+            centres = centres * (1 - mask) + centre * mask
         similarities.append(F.cosine_similarity(feature, centres, dim=1))  # 1 where ignored, in both
     return F.mse_loss(*similarities)
 

@@ -59,7 +59,7 @@ def test_arms():
     [
         ("nothing", "--methods nothing: there is no method 'nothing'; possible: none, "),
         ("kd+", "--methods kd+: there is no method ''"),
-        ("kd:lr", "--methods kd:lr: 'lr' has no value; write kd:flag=value"),
+        ("kd:lr", "--methods kd:lr: 'lr' has no value; write kd:flag=value, for a switch kd:flag="),
         ("kd:max-iterations=5", "--methods kd:max-iterations=5: max-iterations is the comparison's to set, the same for all arms"),
         ("none:seed-offset=x", "--methods none:seed-offset=x: seed-offset 'x' is no number"),
     ],

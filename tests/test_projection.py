@@ -1,9 +1,11 @@
 """Masked generation: every form of its first layers against the layers as written, which form is chosen, and the projectors."""
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,10 +19,12 @@ from losses.projection import (
     folded_front,
     front_costs,
     generate,
+    mimicking,
     plain_front,
     random_mask,
     visible_front,
 )
+from scripts.watch import Watch
 from tests import reference
 
 
@@ -41,12 +45,48 @@ def test_memory_format():
     """A network in NHWC changes nothing, and on a CPU the wide convolutions of float32 stay in NCHW, where their gradients are faster."""
     align, projector = nn.Conv2d(48, 96, 1), Projector(96)
     feature, mask = torch.randn(2, 48, 9, 9), random_mask(noise(2, 1, 9, 9), 0.75)
-    formats = []
-    projector[2].register_forward_hook(lambda module, inputs, output: formats.append(output.is_contiguous()))
     outputs = [generate(align, projector, x, m) for x in (feature, feature.to(memory_format=torch.channels_last)) for m in (mask, None)]
     torch.testing.assert_close(outputs[0], outputs[2])
     torch.testing.assert_close(outputs[1], outputs[3])
-    assert formats == [True] * 4
+    assert all(output.is_contiguous() for output in outputs)
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_half_precision_gradients_are_stored_as_the_weights_are(kind):
+    """Those of the layers as autocast runs them, without a float32 copy more: autograd would convert, then arrange."""
+    torch.manual_seed(0)
+    projector, x = PROJECTORS[kind](64), torch.randn(2, 64, 9, 9).to(memory_format=torch.channels_last)
+    layers = [layer for layer in projector.modules() if isinstance(layer, nn.Conv2d) and layer is not projector.first]
+    with torch.no_grad():
+        x = projector.first(x).bfloat16().to(memory_format=torch.channels_last)
+
+    def run(convolve):
+        projector.zero_grad()
+        with patch("losses.projection.convolve", convolve), torch.autocast("cpu", torch.bfloat16):
+            total = projector.rest(x).float().square().sum()
+        with Watch() as watch:
+            total.backward()
+        return [layer.weight.grad for layer in layers], watch.peak
+
+    (ours, peak), (plain, other) = run(projection.convolve), run(lambda layer, x: layer(x))
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == torch.float32 and a.is_contiguous() and torch.equal(a, b)
+    if kind != "bottleneck":  # whose last weights are small beside its maps
+        assert peak <= other - 0.45 * layers[-1].weight.nbytes  # two of four bytes
+
+
+def test_mimicking_of_half_precision_maps_keeps_no_wide_copies():
+    for mean in (False, True):
+        maps = [torch.randn(8, 64, 16, 16).bfloat16().requires_grad_() for _ in range(2)]
+        with Watch() as watch:
+            ours = mimicking(*maps, mean)
+            found = torch.autograd.grad(ours, maps)
+        plain = F.mse_loss(*map(torch.Tensor.float, maps), reduction="mean" if mean else "sum") / (1 if mean else 8)
+        assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-6)
+        for a, b in zip(found, torch.autograd.grad(plain, maps), strict=True):
+            torch.testing.assert_close(a, b)
+        gradients = 2 * maps[0].nbytes
+        assert gradients < watch.peak < gradients + maps[0].nbytes  # a wide copy is twice the size
 
 
 def gradients(front, align, first, feature, mask):

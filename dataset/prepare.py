@@ -25,7 +25,7 @@ from dataset.parallel import cores, in_processes
 from dataset.reading import IGNORE, DataError
 from dataset.specs import ALIASES, SPECS, Spec, get_spec
 from dataset.verified import Verified
-from utils.log import escape_names
+from utils.log import escape_names, harmless
 
 FOLDER = ".segkd-prepare"  # in the data's folder
 
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
             return verify(spec, options)
         return check(spec, options)
     except DataError as error:
-        print(error)
+        print(harmless(str(error)))
         return 1
     except ValueError as error:
         parser.error(str(error))
@@ -205,7 +205,7 @@ def check(spec: Spec, options: argparse.Namespace) -> int:
         problems = [problem for report in reports for problem in report.problems]
         show(spec, options.data, reports)
     for problem in problems:
-        print(f"problem: {problem}")
+        print(harmless(f"problem: {problem}"))
     if problems:
         print(f"{spec.name}: {len(problems)} problems" + ("; no manifest was written" if options.manifest else ""))
         return 1
@@ -244,7 +244,7 @@ def verify(spec: Spec, options: argparse.Namespace) -> int:
     manifest = read_manifest(options.verify, spec)
     total, problems = compare(manifest, spec, options.data, options.split or list(manifest["splits"]), options.workers)
     for problem in problems:
-        print(f"problem: {problem}")
+        print(harmless(f"problem: {problem}"))
     print(f"{spec.name}: {len(problems)} differences from {options.verify}" if problems else
           f"{spec.name}: {total} files are those of {options.verify}")
     return 1 if problems else 0

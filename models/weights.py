@@ -67,6 +67,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             f"{path}: not loaded ({type(error).__name__}: {reason}); it is damaged, or holds more than tensors and plain values, "
             f"which could run code; fetch it again, or take out its weights with python -m scripts.convert_checkpoint"
         ) from error
+    checkpoint.check_values(path, content)
 
     info = {"format": "state_dict", "config": None}
     state = content

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the tests need and run them: about a quarter of an hour on two cores; --slow runs all. Other arguments go to pytest.
+# Install what the tests need and run them, without arguments the files on all cores; --slow runs all. Other arguments go to pytest.
 #
 #   bash scripts/test.sh
 #   bash scripts/test.sh --slow
@@ -9,5 +9,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment requirements-dev.txt
 cd "$ROOT"
 "$PYTHON" -m ruff check .
+if [ $# = 0 ]; then
+    set -- -n auto --maxprocesses 8 --dist loadfile  # a file's tests share what a fixture has trained
+fi
 # one thread per process: several processes train at once in some tests
 OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest "$@"

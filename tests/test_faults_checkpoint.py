@@ -1,6 +1,7 @@
 """Files of weights that fill the memory, ask for the impossible or hold no numbers; and the negative control of tests/test_checkpoint.py's
 kills: a checkpoint that is written over the one before."""
 
+import copy
 import io
 import random
 import resource
@@ -121,15 +122,49 @@ def test_tensors_that_show_one_number_many_times(tmp_path):
     assert torch.load(tmp_path / "wide.pth", weights_only=True)["w"].numel() == 1 << 38, "torch alone takes it"
 
 
-# --------------------------------------------------------------------------------------------------- what cannot be meant
-
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
     """A checkpoint of a small network."""
     path = tmp_path_factory.mktemp("sound") / "model.pth"
     save_model(path)
     return path
+
+
+def endless(kind: str):
+    """A few hundred bytes that are without end to whoever goes through them."""
+    if kind == "circle":
+        value = []
+        value.append(value)
+        return value
+    if kind == "text":
+        return ["x" * 5000] * 5000
+    value = 1 if kind == "lists" else "key"
+    for _ in range(45):
+        value = [value, value] if kind == "lists" else {"a": value, "b": value}
+    return value
+
+
+@pytest.mark.parametrize("kind", ["lists", "dicts", "circle", "text"])
+def test_values_without_end(kind, sound, tmp_path):
+    """In the place of any entry, with the right checksum: one line, in no time. torch alone takes them."""
+    content = checkpoint.load(sound)
+    places = ["step", "student", ("config", "model", "backbone")]
+    for place in places if kind == "lists" else places[-1:]:
+        broken = copy.deepcopy(content)
+        *folders, last = (place,) if isinstance(place, str) else place
+        inner = broken
+        for folder in folders:
+            inner = inner[folder]
+        inner[last] = endless(kind)
+        checkpoint.save(tmp_path / "endless.pth", broken)
+        assert torch.load(tmp_path / "endless.pth", weights_only=True).keys() == content.keys()
+        for load in (model_from_checkpoint, checkpoint.load):
+            with pytest.raises(ValueError, match="endless.pth: holds more than 1,048,576 values") as error:
+                load(tmp_path / "endless.pth")
+            assert len(str(error.value)) < 400
+
+
+# --------------------------------------------------------------------------------------------------- what cannot be meant
 
 
 @pytest.mark.parametrize("change", [

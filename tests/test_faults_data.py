@@ -290,17 +290,20 @@ def test_names_may_be_any_bytes(named):
 
 
 def test_a_log_shows_any_name(tmp_path, monkeypatch):
-    """An error of one handler would be a traceback, and the line lost."""
+    """An error of one handler would be a traceback, and the line lost; a name may also hold what clears a terminal or changes its title."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
     monkeypatch.setattr(sys, "stdout", stream)
     try:
         log.setup(tmp_path)
         log.logger.info("look at %s", os.fsdecode(b"latin\xff1.png"))
+        log.logger.error("and at %s", "\x1b[2J\x1b]0;title\x07\r\x9b.png")
     finally:
         monkeypatch.undo()
         log.setup()
     stream.flush()
-    assert stream.buffer.getvalue() == b"look at latin\\udcff1.png\n" and "latin\\udcff1.png" in (tmp_path / "log.txt").read_text()
+    written = (tmp_path / "log.txt").read_text()
+    assert stream.buffer.getvalue() == b"look at latin\\udcff1.png\nand at \\x1b[2J\\x1b]0;title\\x07\\x0d\\x9b.png\n"
+    assert "latin\\udcff1.png" in written and "\\x1b[2J" in written and "\x1b" not in written
 
 
 @pytest.mark.skipif(os.name != "posix", reason="symbolic links")

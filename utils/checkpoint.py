@@ -17,6 +17,7 @@ import torch
 FORMAT = "segkd/1"
 MAGIC = b"segkd-sha256:"
 TRAILER = len(MAGIC) + 64
+VALUES = 1 << 20  # plain values and characters of a file; ours have some thousands
 GROWTH = 10  # a file of weights holds at least a tenth of their bytes: torch.save packs nothing, and packing saves little
 
 
@@ -130,11 +131,35 @@ def check_growth(path: Path, size: int, what: str) -> None:
         raise CheckpointError(f"{path}: {what} {size:,} bytes, the file has {own:,}; weights do not shrink so far, it is not what it seems")
 
 
+def check_values(path: Path, content) -> None:
+    """Refuse what is small in a file and without end to whoever goes through it or shows it: 45 lists, each of twice the one before, are
+    35 million million entries.
+
+    Raises:
+        CheckpointError: more than VALUES of them.
+    """
+    left, waiting = VALUES, [content]
+    while waiting and left >= 0:
+        value = waiting.pop()
+        left -= 1
+        if isinstance(value, (str, bytes)):
+            left -= len(value)
+        elif isinstance(value, int):
+            left -= value.bit_length() // 8
+        elif isinstance(value, dict):
+            waiting += value.keys()
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+    if left < 0:
+        raise CheckpointError(f"{path}: holds more than {VALUES:,} values beside its tensors; it is not what it seems")
+
+
 def load(path: Path) -> dict:
     """A verified checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: see `verify` and `check_unpacked`; or the file holds something other than tensors and plain values.
+        CheckpointError: see `verify`, `check_unpacked` and `check_values`; or the file holds something other than tensors and plain values.
     """
     verify(path)
     check_unpacked(path)
@@ -144,6 +169,7 @@ def load(path: Path) -> dict:
     except Exception as error:
         reason = f"holds more than tensors and plain values ({type(error).__name__})"
         raise CheckpointError(f"{path}: {reason}; it was not written by this project") from error
+    check_values(path, content)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: format {found!r}, this version reads {FORMAT!r}")

@@ -10,6 +10,17 @@ from tqdm import tqdm
 from utils import distributed
 
 logger = logging.getLogger("segkd")
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def harmless(text: str) -> str:
+    """Without what steers a terminal: on Linux a file's name may hold anything."""
+    return text.translate(CONTROLS)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record):
+        return harmless(super().format(record))
 
 
 class _Console(logging.Handler):
@@ -43,11 +54,11 @@ def setup(folder: Path | None = None) -> logging.Logger:
     console = _Console()
     console.setLevel(logging.INFO if main else logging.WARNING)
     prefix = "" if main else f"[rank {distributed.rank()}] "
-    console.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    console.setFormatter(_Formatter(prefix + "%(message)s"))
     logger.addHandler(console)
     if main and folder is not None:
         file = _LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
+        file.setFormatter(_Formatter("%(asctime)s %(levelname).1s %(message)s"))
         logger.addHandler(file)
     return logger
 

@@ -44,6 +44,7 @@ from dataset.parallel import cores
 from losses import METHODS
 from scripts.compare_report import write_report
 from utils import checkpoint
+from utils.files import read_json
 from utils.options import method_flag, train_options
 from utils.run import StopSignal, write_text
 
@@ -187,7 +188,7 @@ def keep(plan: Plan, folder: Path) -> Plan:
     path = folder / "plan.json"
     new = plan.plain()
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json(path)
         new["teacher"], old["teacher"] = (new["teacher"] or old["teacher"], old["teacher"] or new["teacher"])  # `none` needs none
         ours, theirs = ({**p, "teacher": (p["teacher"] or {}).get("sha256"), "data": None} for p in (new, old))
         differences = [f"{key} is {ours[key]}, was {theirs.get(key)}" for key in ours
@@ -229,7 +230,7 @@ class Job:
         return (self.folder / ".lock").exists() and locked(self.folder / ".lock")
 
     def report(self) -> dict:
-        return json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+        return read_json(self.folder / "report.json")
 
     def failure(self) -> str:
         """Why the last attempt has not ended well: the error that it wrote, else its last line."""
@@ -458,7 +459,7 @@ def evaluate_teacher(plan: Plan, folder: Path) -> dict | None:
         if found.returncode:
             said = (found.stdout + found.stderr).strip().splitlines() or [f"eval.py ended with status {found.returncode}"]
             raise ValueError(f"the teacher cannot be evaluated: {said[-1]}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def submit(jobs: list[Job], folder: Path, processes: int) -> None:
@@ -494,9 +495,9 @@ exec {command} --run-job "$SLURM_ARRAY_TASK_ID"
 def run_submitted(folder: Path, number: int) -> int:
     """One task of the array: the training's exit status."""
     try:
-        content = json.loads((folder / "jobs.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "jobs.json")
         chosen = content["jobs"][number]
-        plan = Plan.of(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+        plan = Plan.of(read_json(folder / "plan.json"))
     except (OSError, IndexError) as error:
         raise ValueError(f"--run-job {number}: {folder / 'jobs.json'} has no such job; submit the comparison again") from error
     os.chdir(content["cwd"])

@@ -21,6 +21,7 @@ from dataset import build_dataset, get_spec
 from models.weights import model_from_checkpoint
 from scripts.charts import COLOURS, GAP, WIDTH, Axes, document, figure, html_table, legend, text_width, ticks
 from scripts.evidence import LEVEL, Difference, holm, paired, verdict
+from utils.files import read_json
 from utils.metrics import Inference, Scores, confusion
 from utils.run import write_text
 from utils.visualize import overlay, sheet
@@ -102,7 +103,7 @@ def read_run(arm, seed: int, job) -> dict:
     run = {"arm": arm.name, "seed": seed, "run_seed": seed + arm.seed_offset, "done": job.done, "failure": "" if job.done else job.failure()}
     if not job.done:
         return run
-    report, arguments = job.report(), json.loads((job.folder / "args.json").read_text(encoding="utf-8"))
+    report, arguments = job.report(), read_json(job.folder / "args.json")
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     environment = {key: str(arguments["environment"].get(key)) for key in ("torch", "device", "commit", "ranks", "threads")}
     return run | {

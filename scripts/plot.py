@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.charts import COLOURS, Axes, document, figure, html_table, legend
+from utils.files import read_json
 from utils.options import COSMETIC
 from utils.run import flatten, write_text
 
@@ -64,21 +65,21 @@ def read_run(title: str, folder: Path) -> Curves:
         raise ValueError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; give the folder of a run, its --save-dir")
     lines: dict[str, list[tuple[float, float]]] = {}
     try:
-        arguments = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        texts = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        arguments = read_json(folder / "args.json")
+        texts = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
         options = flatten(arguments["options"])
         setting = {key: value for key, value in options.items() if key not in COSMETIC | {"seed"}}
         teacher = (arguments["teacher"] or {}).get("sha256")
         seed, same = options["seed"], json.dumps([setting, arguments["model"], teacher], sort_keys=True)
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}; give the folder of a run, its --save-dir") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: its args.json or metrics.jsonl is damaged ({error}); give another run") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: its args.json is of no training ({error}); give another run") from error
     for number, text in enumerate(texts, 1):
         try:
             row = json.loads(text)
             values = [(column, row["step"], value) for column, value in row.items() if value is not None and np.isfinite(value + row["step"])]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if number == len(texts):
                 continue  # a training that goes on is writing it
             raise ValueError(f"{folder / 'metrics.jsonl'}, line {number}: no row of a table ({error}); give another run") from error

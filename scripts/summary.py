@@ -8,7 +8,6 @@ here, one picture at a time.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from dataset import build_dataset, get_spec
 from models import count_macs, count_parameters
 from models.weights import model_from_checkpoint
+from utils.files import read_json
 from utils.metrics import Inference, Timed
 from utils.visualize import overlay, sheet
 
@@ -32,8 +32,8 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
         path = folder / "report.json"
         if not path.is_file():
             raise ValueError(f"{folder}: no report.json; the training is not finished: resume it with --resume")
-        reports[title] = json.loads(path.read_text(encoding="utf-8"))
-    names = {json.loads((folder / "args.json").read_text(encoding="utf-8"))["options"]["dataset"] for folder in runs.values()}
+        reports[title] = read_json(path)
+    names = {read_json(folder / "args.json")["options"]["dataset"] for folder in runs.values()}
     if len(names) > 1:
         raise ValueError(f"the runs are of different data sets: {', '.join(sorted(names))}; compare runs of one")
     spec = get_spec(names.pop(), data)

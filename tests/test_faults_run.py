@@ -5,6 +5,7 @@ What is stopped and goes on is tests/test_resume.py, the checkpoint file tests/t
 
 import errno
 import fcntl
+import importlib
 import json
 import os
 import platform
@@ -289,6 +290,22 @@ def test_metrics_that_are_damaged_cost_those_rows(garbage, tmp_path):
     assert fit(training, teacher, batches(4), run, scores)
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [*range(1, 11)]
     assert json.loads((tmp_path / "args.json").read_text())["options"]["log_interval"] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b'{"options": {', b"[" * 200_000, b"\xff\xfe"])
+@pytest.mark.parametrize("tool", ["plot", "summary"])
+def test_a_damaged_json_file_is_one_line(tool, content, tmp_path, monkeypatch, capsys):
+    """Also one that is nested too deeply, for which Python raises something else."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("args.json", "report.json", "metrics.jsonl"):
+        (folder / name).write_bytes(content)
+    main = importlib.import_module(f"scripts.{tool}").main
+    monkeypatch.setattr(sys, "argv", [tool, f"x={folder}", "--output", str(tmp_path / "page.html")])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and ".json: damaged (" in told and told.endswith("restore it, or run again what wrote it")
 
 
 # --------------------------------------------------------------------------------------------------------------- teachers

@@ -92,9 +92,10 @@ def test_what_is_refused(tmp_path, capsys):
     good = run_folder(tmp_path / "good")
     (run_folder(tmp_path / "empty") / "metrics.jsonl").write_text("")
     (run_folder(tmp_path / "torn") / "metrics.jsonl").write_text('{"step"\n{"step": 1, "loss": 2}\n')
-    for name, row in (("list", "[1]"), ("stepless", '{"loss": 1}'), ("word", '{"step": 1, "loss": "a"}')):
+    for name, row in (("list", "[1]"), ("stepless", '{"loss": 1}'), ("word", '{"step": 1, "loss": "a"}'), ("nested", "[" * 200_000)):
         (run_folder(tmp_path / name) / "metrics.jsonl").write_text(row + '\n{"step": 1, "loss": 2}\n')
     (run_folder(tmp_path / "bare") / "args.json").write_text("{}")
+    (run_folder(tmp_path / "deep") / "args.json").write_text("[" * 200_000)
     (tmp_path / "other" / "good").parent.mkdir()
     run_folder(tmp_path / "other" / "good", lr=0.5)
     (tmp_path / "nothing").mkdir()
@@ -105,8 +106,9 @@ def test_what_is_refused(tmp_path, capsys):
         ([str(tmp_path / "nothing"), *out], "nothing/args.json: No such file or directory; give the folder of a run"),
         ([str(tmp_path / "empty"), *out], "empty: has no rows yet; wait for the first log line"),
         ([str(tmp_path / "torn"), *out], "metrics.jsonl, line 1: no row of a table"),
-        *(([str(tmp_path / name), *out], "metrics.jsonl, line 1: no row of a table") for name in ("list", "stepless", "word")),
-        ([str(tmp_path / "bare"), *out], "bare: its args.json or metrics.jsonl is damaged"),
+        *(([str(tmp_path / name), *out], "metrics.jsonl, line 1: no row of a table") for name in ("list", "stepless", "word", "nested")),
+        ([str(tmp_path / "bare"), *out], "bare: its args.json is of no training"),
+        ([str(tmp_path / "deep"), *out], "args.json: damaged (maximum recursion depth exceeded"),
         ([f"A={tmp_path / 'lr=1' / 'none'}", *out], "lr=1/none: no such folder"),
         ([str(good), str(good) + "/", *out], "is given twice; drop one"),
         ([f"x={good}", f"x={tmp_path / 'other' / 'good'}", *out], "two runs are called 'x'; give TITLE=FOLDER"),

@@ -1,5 +1,6 @@
-"""Files that appear as a whole or not at all."""
+"""Small files that appear as a whole or not at all, and JSON that may be damaged."""
 
+import json
 import os
 from pathlib import Path
 
@@ -16,3 +17,15 @@ def replace_file(path: str | Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path):
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is damaged, or nested too deeply, for which Python raises RecursionError.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error}); restore it, or run again what wrote it") from error

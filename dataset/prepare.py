@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(harmless(str(error)))
         return 1
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(harmless(str(error)))
     except KeyboardInterrupt:
         print(f"{options.name}: stopped before every file was read")
         return 130

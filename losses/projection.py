@@ -22,7 +22,7 @@ class Chain(nn.Sequential):
 
     def rest(self, x: Tensor) -> Tensor:
         for layer in [*self][1:]:
-            x = convolve(layer, x) if isinstance(layer, nn.Conv2d) else layer(x)
+            x = convolve(layer, x) if type(layer) is nn.Conv2d else layer(x)
         return x
 
 
@@ -79,7 +79,7 @@ def front(align: nn.Module, first: nn.Conv2d, feature: Tensor, mask: Tensor | No
 
 
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """layer(x) of a convolution without stride; under autocast its weight is converted as `_Converted` does."""
+    """layer(x) of a convolution with a kernel size and a padding alone; under autocast its weight is converted as `_Converted` does."""
     dtype = computed_in(x)
     weight = layer.weight if layer.weight.dtype == dtype else _Converted.apply(layer.weight, dtype)
     return F.conv2d(x, weight, layer.bias, padding=layer.padding)
@@ -228,10 +228,13 @@ class _Product(torch.autograd.Function):
         images, pointwise = _Product.operands(kernels, matrix, ctx.dtype)
         matrix_gradient = nn.grad.conv2d_weight(images, pointwise.shape, gradient)  # (K, Ct, 1, 1)
         del images  # as large as what comes next
-        kernel_gradient = torch.empty_like(kernels)
-        for block in range(0, len(kernels), 256):  # in half precision, all of them at once are another 72 MiB for 2048 channels
-            rows = slice(block, block + 256)
-            kernel_gradient[rows] = nn.grad.conv2d_input(kernels[rows].shape, pointwise, gradient[rows])
+        if ctx.dtype == kernels.dtype:
+            kernel_gradient = nn.grad.conv2d_input(kernels.shape, pointwise, gradient)
+        else:  # in blocks, since all of them in half precision are another 72 MiB for 2048 channels
+            kernel_gradient = torch.empty_like(kernels)
+            for start in range(0, len(kernels), 256):
+                block = slice(start, start + 256)
+                kernel_gradient[block] = nn.grad.conv2d_input(kernels[block].shape, pointwise, gradient[block])
         return kernel_gradient, matrix_gradient.flatten(1).T.to(matrix.dtype), None
 
     @staticmethod

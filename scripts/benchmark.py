@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -426,8 +427,8 @@ class Bench:
 
     def piece(self) -> list[Row]:
         """Af-DCD's contrast, and alignment and first convolution of its projector under each mask, forward and backward, on maps of `c4`."""
-        options = self.options(parse_arm("afdcd")).methods["afdcd"]
-        method = self.methods(self.options(parse_arm("afdcd")))["afdcd"].to(device=self.device)
+        chosen = self.options(parse_arm("afdcd"))
+        options, method = chosen.methods["afdcd"], self.methods(chosen)["afdcd"].to(device=self.device)
         settings = (options.pool, options.patch, options.groups, options.tau, options.negatives, options.distance)
         layers = method.align, method.projector.first
 
@@ -454,7 +455,7 @@ class Bench:
         def inputs(number):
             maps = {form: (self.maps(number, ["c4"], "student", form)["c4"], *(self.maps(number + k, ["c4"], "teacher", form)["c4"] for k in (1, 2)))
                     for form in LAYOUTS}  # fmt: skip
-            return maps, torch.randn(maps["ours"][1].shape, generator=torch.Generator().manual_seed(number)).to(self.device)
+            return maps, torch.randn(maps["plain"][1].shape, generator=torch.Generator().manual_seed(number)).to(self.device)
 
         def error(ours, theirs):
             return relative(ours[0], theirs[0]), max(relative(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
@@ -464,8 +465,7 @@ class Bench:
         noise = torch.rand(self.shape.batch, 1, *side, generator=torch.Generator().manual_seed(0)).to(self.device)
         for kind, mask in (("centre", projection.centre_mask(*side, self.device)), ("random", projection.random_mask(noise, 0.75))):
             forms[f"front, {kind} mask"] = (
-                front("ours", lambda align, first, x, mask=mask: projection.front(align, first, x, mask)),
-                front("plain", lambda align, first, x, mask=mask: projection.plain_front(align, first, x, mask)),
+                front("ours", partial(projection.front, mask=mask)), front("plain", partial(projection.plain_front, mask=mask)),
             )
         return [
             compare(self.machine, self.row("piece", name, self.amp), {"ours": ours, "plain": other}, inputs, self.step_repeats, error)
@@ -580,7 +580,7 @@ class Results:
                 commands = [*content["commands"]]
                 flops = {dtype: 1e9 * content["gflops"][name_of(dtype)] for dtype in machine.flops}
                 bandwidth = 1e9 * content["gb_per_s"]
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError(f"{file} is not a file of this benchmark; choose another --output") from None
             for key in ("device", "threads", "torch", "commit"):
                 if content.get(key) != self.about[key]:
@@ -627,8 +627,8 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, one repeat")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--shapes", nargs="+", choices=names, help="crop and batch of these data sets (default: all)")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD[:flag=value,...]", help="some methods alone, with flags of train_kd.py "
-                        "(default: all); kd comes with them")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", metavar="METHOD[:flag=value,...]", help="some methods alone, with flags of train_kd.py, a switch "
+                        "as in icsd:icsd-upsample= (default: all); kd comes with them")  # fmt: skip
     parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="of losses, pieces and steps, in both forms")
     parser.add_argument("--repeats", type=int, help="after the warm-up (default: 9)")
     parser.add_argument("--step-repeats", type=int, help="of steps, pieces and teachers (default: a third of --repeats)")

@@ -45,6 +45,7 @@ from losses import METHODS
 from scripts.compare_report import write_report
 from utils import checkpoint
 from utils.files import read_json
+from utils.log import harmless
 from utils.options import method_flag, train_options
 from utils.run import StopSignal, write_text
 
@@ -189,6 +190,8 @@ def keep(plan: Plan, folder: Path) -> Plan:
     new = plan.plain()
     if path.exists():
         old = read_json(path)
+        if not isinstance(old, dict) or not old.keys() >= new.keys():
+            raise ValueError(f"{path}: no plan of a comparison; choose another --output")
         new["teacher"], old["teacher"] = (new["teacher"] or old["teacher"], old["teacher"] or new["teacher"])  # `none` needs none
         ours, theirs = ({**p, "teacher": (p["teacher"] or {}).get("sha256"), "data": None} for p in (new, old))
         differences = [f"{key} is {ours[key]}, was {theirs.get(key)}" for key in ours
@@ -641,7 +644,7 @@ def main() -> None:
     try:
         sys.exit(compare(options, arguments[split + 1 :]))
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, harmless(f"{parser.prog}: error: {error}\n"))
     except KeyboardInterrupt:  # the second one
         sys.exit(128 + signal.SIGINT)
 

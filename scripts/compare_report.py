@@ -104,7 +104,11 @@ def read_run(arm, seed: int, job) -> dict:
     if not job.done:
         return run
     report, arguments = job.report(), read_json(job.folder / "args.json")
-    rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics = job.folder / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{metrics}: damaged ({error}); remove its folder, and the training is made again") from error
     environment = {key: str(arguments["environment"].get(key)) for key in ("torch", "device", "commit", "ranks", "threads")}
     return run | {
         "last": report["last"]["miou"], "best": report["best"]["miou"], "selection": report["selection_miou"], "iou": report["last"]["iou"],

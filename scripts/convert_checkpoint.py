@@ -120,6 +120,8 @@ KNOWN = {
     ("collections", "OrderedDict"): Table, ("collections", "defaultdict"): Table, ("builtins", "set"): set, ("__builtin__", "set"): set,
 }  # fmt: skip
 
+MODULES = 10_000
+
 
 class Reader(pickle.Unpickler):
     """Unpickles from an open file; `unknown` collects the names of what was not rebuilt, `dtypes` {storage's key: data type}."""
@@ -170,21 +172,29 @@ def read(path: Path) -> tuple[object, dict[str, bytes], set[str]]:
     return content, storages, reader.unknown
 
 
-def weights_in(value, prefix: str = "") -> dict[str, Strided]:
-    """{name: tensor} of a state dict or of a pickled network; {} where the value is neither."""
+def weights_in(value) -> dict[str, Strided]:
+    """{name: tensor} of a state dict or of a pickled network; {} where the value is neither.
+
+    Raises:
+        ValueError: a network of more than MODULES, as one that holds itself, or 45 of which each holds the one before twice.
+    """
     if isinstance(value, dict):
         whole = all(isinstance(key, str) and isinstance(tensor, Strided) for key, tensor in value.items())
-        return {prefix + key: tensor for key, tensor in value.items()} if whole else {}
-    state = getattr(value, "state", None)
-    if not isinstance(value, Unknown) or not isinstance(state, dict) or not isinstance(state.get("_modules"), dict):
-        return {}
-    found = {}
-    for kind in ("_parameters", "_buffers"):
-        tensors = state.get(kind) or {}
-        unsaved = state.get("_non_persistent_buffers_set") or ()
-        found |= {prefix + name: tensor for name, tensor in tensors.items() if isinstance(tensor, Strided) and name not in unsaved}
-    for name, child in state["_modules"].items():
-        found |= weights_in(child, f"{prefix}{name}.")
+        return dict(value) if whole else {}
+    found, waiting, left = {}, [("", value)], MODULES
+    while waiting:
+        prefix, module = waiting.pop()
+        state = getattr(module, "state", None)
+        if not isinstance(module, Unknown) or not isinstance(state, dict) or not isinstance(state.get("_modules"), dict):
+            continue
+        left -= 1
+        if left < 0:
+            raise ValueError(f"holds a network of more than {MODULES:,} modules")
+        for kind in ("_parameters", "_buffers"):
+            tensors = state.get(kind) or {}
+            unsaved = state.get("_non_persistent_buffers_set") or ()
+            found |= {prefix + name: tensor for name, tensor in tensors.items() if isinstance(tensor, Strided) and name not in unsaved}
+        waiting += [(f"{prefix}{name}.", child) for name, child in reversed(list(state["_modules"].items()))]
     return found
 
 

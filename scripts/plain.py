@@ -19,6 +19,7 @@ from dataset.transforms import PAD_COLOUR, Draw
 from losses import contrast as omni
 from losses import projection
 from losses.base import IGNORE
+from losses.functional import widen
 
 
 def cross_entropy(logits: Tensor, target: Tensor, valid: Tensor | float) -> Tensor:
@@ -131,6 +132,17 @@ def pairwise(student: Tensor, teacher: Tensor, form: str = "cirkd") -> Tensor:
     return (maps[0] - maps[1]).square().mean()
 
 
+def convolve(layer, x: Tensor) -> Tensor:
+    """`losses.projection.convolve` by the layer itself."""
+    return layer(x)
+
+
+def mimicking(generated: Tensor, teacher: Tensor, mean: bool = False) -> Tensor:
+    """`losses.projection.mimicking` of whole maps in float32."""
+    loss = F.mse_loss(widen(generated), widen(teacher), reduction="mean" if mean else "sum")
+    return loss if mean else loss / len(generated)
+
+
 def generate(align, projector, feature: Tensor, mask: Tensor | None) -> Tensor:
     """`losses.projection.generate`: alignment, mask, projector, one after the other."""
     return projector.rest(projection.plain_front(align, projector.first, feature, mask))
@@ -181,7 +193,7 @@ def forms():
         "losses.task": ["cross_entropy"], "losses.cirkd": ["similarity_kl", "minibatch_relation", "class_pixels", "class_means"],
         "losses.cirkdv2": ["similarity_kl", "minibatch_relation"], "losses.memory.Queue": ["enqueue"],
         "losses.ifvd": ["intra_class_difference"], "losses.icsd": ["divergences", "released_similarity"], "losses.skd": ["pairwise"],
-        "losses.afdcd": ["generate", "contrast"], "losses.mgd": ["generate"],
+        "losses.afdcd": ["generate", "contrast", "mimicking"], "losses.mgd": ["generate", "mimicking"], "losses.projection": ["convolve"],
     }  # fmt: skip
     with ExitStack() as stack:
         for place, names in places.items():

@@ -18,6 +18,7 @@ import numpy as np
 
 from scripts.charts import COLOURS, Axes, document, figure, html_table, legend
 from utils.files import read_json
+from utils.log import harmless
 from utils.options import COSMETIC
 from utils.run import flatten, write_text
 
@@ -180,7 +181,7 @@ def main(argv=None) -> None:
             runs.append(read_run(title or folder.rstrip("/"), Path(folder)))
         write_text(options.output, page(runs))
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, harmless(f"{parser.prog}: error: {error}\n"))
     print(f"{len(runs)} runs: {options.output}")
 
 

@@ -31,6 +31,7 @@ from models.output import AUXILIARY, FIELDS
 from models.weights import model_from_checkpoint
 from scripts.charts import document, html_table
 from utils.distill import is_label_assisted
+from utils.log import harmless
 from utils.run import write_text, writing
 from utils.visualize import sheet
 
@@ -316,7 +317,7 @@ def main(argv=None) -> None:
     try:
         print(run(options))
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, harmless(f"{parser.prog}: error: {error}\n"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataset import build_dataset, get_spec
 from models import count_macs, count_parameters
 from models.weights import model_from_checkpoint
 from utils.files import read_json
+from utils.log import harmless
 from utils.metrics import Inference, Timed
 from utils.visualize import overlay, sheet
 
@@ -27,13 +28,15 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
     Raises:
         ValueError: a run is not finished, or the runs are of different data sets.
     """
-    reports = {}
+    reports, names = {}, set()
     for title, folder in runs.items():
         path = folder / "report.json"
         if not path.is_file():
             raise ValueError(f"{folder}: no report.json; the training is not finished: resume it with --resume")
-        reports[title] = read_json(path)
-    names = {read_json(folder / "args.json")["options"]["dataset"] for folder in runs.values()}
+        reports[title], arguments = read_json(path), read_json(folder / "args.json")
+        if not isinstance(reports[title], dict) or "classes" not in reports[title] or not isinstance(arguments, dict) or "options" not in arguments:
+            raise ValueError(f"{folder}: its report.json or args.json is of no training; give the folder of a finished run")
+        names.add(arguments["options"]["dataset"])
     if len(names) > 1:
         raise ValueError(f"the runs are of different data sets: {', '.join(sorted(names))}; compare runs of one")
     spec = get_spec(names.pop(), data)
@@ -90,7 +93,7 @@ def main() -> None:
     try:
         table, page = summarize(runs, options.data, options.rows, device)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(harmless(str(error)))
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "summary.md").write_text(table + "\n", encoding="utf-8")
     page.save(options.output / "summary.png")

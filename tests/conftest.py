@@ -32,6 +32,8 @@ def window():
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+    if config.getoption("--parity") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--parity: the processes of -n do not know of one another's values; drop -n")
 
 
 def pytest_collection_modifyitems(config, items):

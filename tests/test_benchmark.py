@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import METHODS, cirkd, icsd, ifvd, skd, task
+from losses import METHODS, cirkd, icsd, ifvd, projection, skd, task
 from losses.memory import Queue, class_means, class_pixels
 from scripts import benchmark, plain
 from scripts.compare import parse_arm
@@ -38,6 +38,8 @@ def same(ours, other, student, rtol=1e-9):
 # losses: (student, teacher) -> scalar, ours and plain
 MAPS = {
     "ifvd": [partial(f, labels=labels(2, 9, 7), num_classes=6) for f in (ifvd.intra_class_difference, plain.intra_class_difference)],
+    "mimicking": [projection.mimicking, plain.mimicking],
+    "mimicking, mean": [partial(f, mean=True) for f in (projection.mimicking, plain.mimicking)],
     "skd by channels": [skd.pairwise, plain.pairwise],
     "skd original": [partial(f, form="original") for f in (skd.pairwise, plain.pairwise)],
     "icsd": [lambda s, t, f=f: F.mse_loss(f(s), f(t)) for f in (icsd.divergences, plain.divergences)],
@@ -181,26 +183,28 @@ def rows_of(folder) -> dict:
 def test_rows_of_the_benchmark(tmp_path, capsys, monkeypatch):
     """Half of the command is run, then the same folder gone on with in another precision."""
     monkeypatch.setattr(benchmark, "commit", lambda: "1234")
-    first = ["--quick", "--methods", "icsd", "--output", str(tmp_path)]
+    first = ["--quick", "--methods", "icsd", "icsd:icsd-upsample=", "--output", str(tmp_path)]
     benchmark.main(first)
     content, rows = json.loads((tmp_path / "rows.json").read_text()), rows_of(tmp_path)
     parts = [("task", "cross-entropy"), ("teacher", "exact"), ("metric", "counts"), ("metric", "counts and upsampling"),
              ("loader", "sample"), ("loader", "sample, cached"), ("loader", "decoding alone"),
              ("piece", "contrast"), ("piece", "front, centre mask"), ("piece", "front, random mask")]  # fmt: skip
-    methods = [(part, name) for part in ("loss", "step") for name in ("kd", "icsd")]
+    methods = [(part, name) for part in ("loss", "step") for name in ("kd", "icsd", "icsd:icsd-upsample=")]
     assert sorted(rows) == sorted([(*key, "off") for key in parts + methods] + [("teacher", "bf16", "bf16")])
     assert content["gflops"].keys() == {"float32", "bfloat16"} and min(content["gflops"].values()) > 0 and content["gb_per_s"] > 0
     assert content["threads"] == 1 and content["commit"] == "1234" and content["torch"] == torch.__version__
     assert content["commands"] == [shlex.join(["python", "-m", "scripts.benchmark", *first])]
     exact = [row for row in rows.values() if row["plain_ms"] is not None and row["amp"] == "off"]
-    assert len(exact) == 12
+    assert len(exact) == 14
     for row in exact:
         assert row["value_error"] < 1e-5 and row["gradient_error"] < (1e-2 if row["part"] == "step" else 1e-5), row
     for key in (("metric", "counts"), ("loader", "sample"), ("loader", "sample, cached")):
         assert (rows[*key, "off"]["value_error"], rows[*key, "off"]["gradient_error"]) == (0, 0), key
     assert rows["teacher", "bf16", "bf16"]["value_error"] < 0.05
     # on a CPU alone, the contrast looks for the pairs that matter and the front counts what is visible
-    assert all(row["blocks"] == 0 for row in rows.values() if row["blocks"] is not None and row["part"] != "piece")
+    assert {key[1]: row["blocks"] for key, row in rows.items() if row["blocks"]} == {
+        "contrast": 12, "front, centre mask": 1, "front, random mask": 1}  # fmt: skip
+    assert rows["loss", "icsd:icsd-upsample=", "off"]["peak"] > 10 * rows["loss", "icsd", "off"]["peak"]
     steps = {name: rows["step", name, "off"] for name in ("kd", "icsd")}
     assert rows["loss", "icsd", "off"]["peak"] > 0 and steps["icsd"]["operations"] > steps["kd"]["operations"] > 5
     # the same product, priced at the rate of its own precision

@@ -177,6 +177,23 @@ def test_damaged_files(zipped, tmp_path):
             convert(path, tmp_path / "new.pth")
 
 
+@pytest.mark.parametrize("kind", ["doubled", "circle"])
+def test_networks_without_end(kind, tmp_path):
+    """A few hundred bytes of modules that go on for ever, or as good as; a module that is there twice has both names."""
+    network = nn.Sequential(nn.Linear(1, 1))
+    if kind == "circle":
+        network.add_module("again", network)
+    for _ in range(0 if kind == "circle" else 45):
+        network = nn.Sequential(network, network)
+    torch.save(network, tmp_path / "endless.pth")
+    with pytest.raises(ValueError, match="endless.pth: cannot be read .*holds a network of more than 10,000 modules"):
+        convert(tmp_path / "endless.pth", tmp_path / "new.pth")
+    shared = nn.Linear(1, 1)
+    torch.save(nn.Sequential(shared, nn.Sequential(shared)), tmp_path / "shared.pth")
+    convert(tmp_path / "shared.pth", tmp_path / "new.pth")
+    assert [*torch.load(tmp_path / "new.pth", weights_only=True)["state_dict"]] == ["0.weight", "0.bias", "1.0.weight", "1.0.bias"]
+
+
 def test_names_cannot_steer_a_terminal(tmp_path):
     """Of entries and of classes; `STACK_GLOBAL` takes any text."""
     name = b"\x1b[2J\nThing"

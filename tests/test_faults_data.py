@@ -279,13 +279,16 @@ def test_names_may_be_any_bytes(named):
     assert {os.fsencode(item.name) for item in data.items} == {b"0000", *NAMES}
     seen = [name for batch in build_loader(data, EvalSampler(len(data)), workers=0) for name in batch.names]
     assert sorted(map(os.fsencode, seen)) == sorted([b"0000", *NAMES])
-    for name in NAMES:
+    for folder in ("val", "valannot"):
+        os.rename(named / folder / "0000.png", named / folder / "\x1b[2J\x07.png")
+    for name in (*NAMES, b"\x1b[2J\x07"):
         os.truncate(os.fsencode(named / "valannot") + b"/" + name + b".png", 20)
     code = f"import sys; from dataset.prepare import main; sys.exit(main(['camvid', '--data', {str(named)!r}, '--split', 'val', '--workers', '1']))"
     variables = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True)
     output = done.stdout.decode()
-    assert done.returncode == 1 and output.count("problem: ") == len(NAMES) and not done.stderr, done.stderr
+    assert done.returncode == 1 and output.count("problem: ") == len(NAMES) + 1 and not done.stderr, done.stderr
+    assert "\\x1b[2J\\x07.png: label" in output and "\x1b" not in output
     assert "latin\\udcff1.png: label cannot be read" in output or "latin\\udcff1.png: label is damaged" in output
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import pty
+import re
 import runpy
 import shutil
 import signal
@@ -21,6 +22,8 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ import torch
 import eval as evaluation
 from dataset import build_dataset, shapes
 from dataset.shapes import DrawnItem
+from scripts import compare, compare_report
 from tests.faults import alive, children, read_only, small_disk, wait_for
 from tests.paths import REPOSITORY
 from tests.test_checkpoint import content, payloads, write_payload
@@ -292,20 +296,47 @@ def test_metrics_that_are_damaged_cost_those_rows(garbage, tmp_path):
     assert json.loads((tmp_path / "args.json").read_text())["options"]["log_interval"] == 1
 
 
-@pytest.mark.parametrize("content", [b"", b'{"options": {', b"[" * 200_000, b"\xff\xfe"])
-@pytest.mark.parametrize("tool", ["plot", "summary"])
-def test_a_damaged_json_file_is_one_line(tool, content, tmp_path, monkeypatch, capsys):
-    """Also one that is nested too deeply, for which Python raises something else."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("args.json", "report.json", "metrics.jsonl"):
-        (folder / name).write_bytes(content)
-    main = importlib.import_module(f"scripts.{tool}").main
-    monkeypatch.setattr(sys, "argv", [tool, f"x={folder}", "--output", str(tmp_path / "page.html")])
-    with pytest.raises(SystemExit) as exit:
-        main()
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit.value.code == 2 and ".json: damaged (" in told and told.endswith("restore it, or run again what wrote it")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The files that tools read of a finished run, and of a comparison around it."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = folder / "run"
+    run.mkdir()
+    (run / "args.json").write_text(json.dumps({"options": {"dataset": "shapes", "seed": 0}, "model": {}, "teacher": None, "environment": {}}))
+    (run / "report.json").write_text(json.dumps({"classes": [], "split": "val", "selected_on": "val"}))
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n')
+    (run / "DONE").touch()
+    (folder / "plan.json").write_text("{}")
+    return folder
+
+
+def read_by_tool(tool: str, folder: Path) -> None:
+    if tool == "plan":
+        return compare.keep(SimpleNamespace(plain=lambda: {"methods": []}), folder)
+    if tool == "comparison":
+        job = compare.Job("kd", folder / "run", ())
+        return compare_report.read_run(SimpleNamespace(name="kd", seed_offset=0), 0, job)
+    with patch.object(sys, "argv", [tool, f"x={folder / 'run'}", "--output", str(folder / "page.html")]):
+        importlib.import_module(f"scripts.{tool}").main()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"options": {', b"[" * 200_000, b"\xff\xfe", b"[]"], ids=["empty", "cut", "deep", "bytes", "shape"])
+@pytest.mark.parametrize("tool,name", [
+    ("plot", "run/args.json"), ("plot", "run/metrics.jsonl"), ("summary", "run/args.json"), ("summary", "run/report.json"),
+    ("comparison", "run/args.json"), ("comparison", "run/report.json"), ("comparison", "run/metrics.jsonl"), ("plan", "plan.json"),
+])  # fmt: skip
+def test_a_damaged_json_file_is_one_line(tool, name, content, finished, tmp_path, capsys):
+    """Also one that is nested too deeply, for which Python raises something else, and one of another shape."""
+    if (tool, content) == ("comparison", b"[]") or (name, content) == ("run/metrics.jsonl", b""):
+        pytest.skip("a comparison writes these itself; a run without rows is no damage")
+    folder = tmp_path / "folder"
+    shutil.copytree(finished, folder)
+    more = b'\n{"step": 3, "loss": 1.0}' if name == "run/metrics.jsonl" else b""  # plot leaves out a last row that is being written
+    (folder / name).write_bytes(content + more)
+    with pytest.raises((SystemExit, ValueError)) as error:
+        read_by_tool(tool, folder)
+    told = capsys.readouterr().err.strip().splitlines()[-1] if isinstance(error.value, SystemExit) else str(error.value)
+    assert Path(name).name in told and len(told.splitlines()) == 1 and re.search("; (restore|remove|give|choose) ", told), told
 
 
 # --------------------------------------------------------------------------------------------------------------- teachers

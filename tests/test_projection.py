@@ -75,6 +75,20 @@ def test_half_precision_gradients_are_stored_as_the_weights_are(kind):
         assert peak <= other - 0.45 * layers[-1].weight.nbytes  # two of four bytes
 
 
+def test_half_precision_gradients_of_folded_kernels_come_in_blocks():
+    """One and a part of one block of output channels: those of all kernels at once, whose half precision gradient is never whole."""
+    torch.manual_seed(0)
+    kernels, matrix = torch.randn(300, 64, 3, 3, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    product = projection._Product.apply(kernels, matrix, torch.bfloat16)
+    direction = torch.randn_like(product)
+    with Watch() as watch:
+        found = torch.autograd.grad(product, (kernels, matrix), direction)
+    plain = torch.einsum("oikl,ij->ojkl", kernels.bfloat16().float(), matrix.bfloat16().float())
+    for ours, exact in zip(found, torch.autograd.grad(plain, (kernels, matrix), direction.float()), strict=True):
+        assert ours.dtype == torch.float32 and (ours - exact).norm() < 1e-2 * exact.norm()
+    assert kernels.nbytes < watch.peak < 1.5 * kernels.nbytes
+
+
 def test_mimicking_of_half_precision_maps_keeps_no_wide_copies():
     for mean in (False, True):
         maps = [torch.randn(8, 64, 16, 16).bfloat16().requires_grad_() for _ in range(2)]

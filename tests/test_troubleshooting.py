@@ -14,6 +14,7 @@ from PIL import Image
 import dataset.prepare
 from models import build_model
 from models.weights import load_backbone, load_into, read_state
+from scripts import plot
 from tests.paths import REPOSITORY
 from tests.test_scripts import bash
 from tests.workers import RUN, TINY, TINY_STUDENT, save_model
@@ -60,6 +61,21 @@ def pickled() -> None:
     read_state("old.pth")
 
 
+def endless() -> None:
+    value = 1
+    for _ in range(45):
+        value = [value, value]
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "step": value}, "endless.pth")
+    read_state("endless.pth")
+
+
+def damaged() -> None:
+    Path("run").mkdir()
+    for name in ("args.json", "metrics.jsonl"):
+        Path("run", name).write_text("{")
+    plot.main(["run", "--output", "page.html"])
+
+
 def another_width() -> None:
     save_model(Path("narrow.pth"))
     load_into(build_model("pspnet", "mobilenetv2", 8, head_width=16), "narrow.pth")
@@ -87,6 +103,8 @@ PROVOKED = {  # the message's beginning -> what makes it; monkeypatch is passed 
     "torchvision has no ImageNet weights for": lambda: load_backbone(build_model("pspnet", "resnet101", 8), "imagenet"),
     "no ImageNet weights for": no_network,
     "holds more than tensors": pickled,
+    "holds more than 4,194,304 values": endless,
+    "args.json: damaged": damaged,
     "does not fit the model": another_width,
     "unknown option --epochs": lambda: start("--epochs", "3"),
     "--cwd-logits-weight": lambda: start("--cwd-logits-weight", "3", distil=True),

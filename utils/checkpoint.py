@@ -17,7 +17,7 @@ import torch
 FORMAT = "segkd/1"
 MAGIC = b"segkd-sha256:"
 TRAILER = len(MAGIC) + 64
-VALUES = 1 << 20  # plain values and characters of a file; ours have some thousands
+VALUES, DEPTH = 1 << 22, 100  # plain values and characters of a file, and how deep they are nested; ours have up to 200,000, and 6
 GROWTH = 10  # a file of weights holds at least a tenth of their bytes: torch.save packs nothing, and packing saves little
 
 
@@ -133,26 +133,27 @@ def check_growth(path: Path, size: int, what: str) -> None:
 
 def check_values(path: Path, content) -> None:
     """Refuse what is small in a file and without end to whoever goes through it or shows it: 45 lists, each of twice the one before, are
-    35 million million entries.
+    35 million million entries. Tuples as keys are torch's to survive: it computes their hashes while it loads.
 
     Raises:
-        CheckpointError: more than VALUES of them.
+        CheckpointError: more than VALUES of them, counted with their characters, or more than DEPTH inside one another.
     """
-    left, waiting = VALUES, [content]
-    while waiting and left >= 0:
-        value = waiting.pop()
-        left -= 1
-        if isinstance(value, (str, bytes)):
+    left, waiting = VALUES, [(content, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, (str, bytes, bytearray, list, tuple, set)):
             left -= len(value)
+        elif isinstance(value, dict):
+            left -= 2 * len(value)
         elif isinstance(value, int):
             left -= value.bit_length() // 8
-        elif isinstance(value, dict):
-            waiting += value.keys()
-            waiting += value.values()
-        elif isinstance(value, (list, tuple, set)):
-            waiting += value
-    if left < 0:
-        raise CheckpointError(f"{path}: holds more than {VALUES:,} values beside its tensors; it is not what it seems")
+        if left < 0 or depth > DEPTH:
+            much = f"more than {VALUES:,} values and characters beside its tensors" if left < 0 else f"values nested more than {DEPTH} times"
+            raise CheckpointError(f"{path}: holds {much}; use another copy, or take out its weights with python -m scripts.convert_checkpoint")
+        if isinstance(value, dict):
+            value = [*value, *value.values()]
+        if isinstance(value, (list, tuple, set)):
+            waiting += ((inner, depth + 1) for inner in value)
 
 
 def load(path: Path) -> dict:

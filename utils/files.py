@@ -28,4 +28,4 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error}); restore it, or run again what wrote it") from error
+        raise ValueError(f"{path}: damaged ({error}); restore it, or remove it and run again what wrote it") from error

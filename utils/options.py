@@ -18,6 +18,7 @@ from losses import METHODS, resolve
 from losses.base import check_bounds
 from models import BACKBONES, MODELS, NORMALIZATIONS
 from models.weights import read_state
+from utils.log import harmless
 
 SYNONYMS = {  # what other codebases call it
     "--steps": ["--max-iterations"], "--epochs": ["--max-iterations"], "--learning-rate": ["--lr"], "--output-dir": ["--save-dir"],
@@ -493,7 +494,7 @@ def fail_in_one_line(parser, function):
     try:
         return function()
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(harmless(str(error)))
 
 
 def _resolve(parser: _Parser, given: dict, spec: Spec | None = None) -> Options:

@@ -440,7 +440,7 @@ class Bench:
 
         def contrast(name, form):
             def of(maps, _):
-                generated = projection.as_convolved(maps[name][1]).detach().requires_grad_()
+                generated = maps[name][1].detach().requires_grad_()
                 return run(lambda: form(generated, maps[name][2], *settings), [generated])
 
             return of
@@ -455,6 +455,8 @@ class Bench:
         def inputs(number):
             maps = {form: (self.maps(number, ["c4"], "student", form)["c4"], *(self.maps(number + k, ["c4"], "teacher", form)["c4"] for k in (1, 2)))
                     for form in LAYOUTS}  # fmt: skip
+            for form, (feature, generated, teacher) in maps.items():  # what the projector returns
+                maps[form] = feature, projection.as_convolved(generated), teacher
             return maps, torch.randn(maps["plain"][1].shape, generator=torch.Generator().manual_seed(number)).to(self.device)
 
         def error(ours, theirs):

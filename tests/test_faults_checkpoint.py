@@ -148,7 +148,7 @@ def endless(kind: str):
 def test_values_without_end(kind, sound, tmp_path):
     """In the place of any entry, with the right checksum: one line, in little time and memory. torch alone takes them."""
     content = checkpoint.load(sound)
-    for place in ["step", "student", ("config", "model", "backbone")][-1 if kind != "lists" else 0 :]:
+    for place in ["step", ("config", "model", "backbone")][kind != "lists" :]:
         broken = copy.deepcopy(content)
         *folders, last = (place,) if isinstance(place, str) else place
         inner = broken
@@ -159,7 +159,7 @@ def test_values_without_end(kind, sound, tmp_path):
         assert torch.load(tmp_path / "endless.pth", weights_only=True).keys() == content.keys()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for load in (model_from_checkpoint, checkpoint.load):
-            much = "nested more than 100 times" if kind in ("circle", "deep") else "more than 4,194,304 values and characters"
+            much = "nested more than 100 times" if kind in ("circle", "deep") else "more than 2,097,152 values and characters"
             with pytest.raises(ValueError, match=f"endless.pth: holds .*{much}.*; use another copy") as error:
                 load(tmp_path / "endless.pth")
             assert len(str(error.value)) < 400
@@ -169,7 +169,7 @@ def test_values_without_end(kind, sound, tmp_path):
 def test_the_largest_of_our_checkpoints_is_far_from_that(tmp_path):
     """Names of tensors are characters, and a run with --ema holds them twice, with its momentum three times."""
     names = [*build_model("ocrnet", "hrnet_w18", 182).state_dict()]
-    assert 4 * sum(map(len, names)) < checkpoint.VALUES / 8
+    assert 4 * sum(map(len, names)) < checkpoint.VALUES / 4
 
 
 # --------------------------------------------------------------------------------------------------- what cannot be meant

@@ -103,7 +103,7 @@ PROVOKED = {  # the message's beginning -> what makes it; monkeypatch is passed 
     "torchvision has no ImageNet weights for": lambda: load_backbone(build_model("pspnet", "resnet101", 8), "imagenet"),
     "no ImageNet weights for": no_network,
     "holds more than tensors": pickled,
-    "holds more than 4,194,304 values": endless,
+    "holds more than 2,097,152 values": endless,
     "args.json: damaged": damaged,
     "does not fit the model": another_width,
     "unknown option --epochs": lambda: start("--epochs", "3"),

@@ -17,7 +17,7 @@ import torch
 FORMAT = "segkd/1"
 MAGIC = b"segkd-sha256:"
 TRAILER = len(MAGIC) + 64
-VALUES, DEPTH = 1 << 22, 100  # plain values and characters of a file, and how deep they are nested; ours have up to 200,000, and 6
+VALUES, DEPTH = 1 << 21, 100  # plain values and characters of a file, and how deep they are nested; ours have up to 200,000, and 6
 GROWTH = 10  # a file of weights holds at least a tenth of their bytes: torch.save packs nothing, and packing saves little
 
 

@@ -162,11 +162,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def cpu_name() -> str:
+    """The processor and the widest instructions that torch uses on it: virtual machines give many processors one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+        lines = []
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def compare(machine: Machine, row: dict, forms: dict[str, Callable], inputs: Callable, repeats: int, error: Callable, size=lambda given: 0) -> Row:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import time
 import urllib.error
 from datetime import datetime
 from pathlib import Path
@@ -87,6 +88,18 @@ def two_ranks(patch) -> None:
     start("--batch-size", "3")
 
 
+def autocast(amp: str, slow: torch.dtype, patch) -> None:
+    """Look whether the precision of --amp is slow, on a CPU that takes five times as long in the precision `slow`."""
+
+    def conv2d(image, *_, **__):
+        end = time.process_time() + (0.05 if image.dtype == slow else 0.01)
+        while time.process_time() < end:
+            pass
+
+    patch.setattr(torch.nn.functional, "conv2d", conv2d)
+    session.warn_of_slow_autocast(amp, torch.device("cpu"))
+
+
 def node() -> None:
     done = bash(REPOSITORY / "scripts/train_baseline.sh", cwd=".", PYTHON="true", GPUS="1", NNODES="2", MASTER_ADDR="a")
     print(done.stderr)
@@ -108,6 +121,7 @@ PROVOKED = {  # the message's beginning -> what makes it; monkeypatch is passed 
     "does not fit the model": another_width,
     "unknown option --epochs": lambda: start("--epochs", "3"),
     "--cwd-logits-weight": lambda: start("--cwd-logits-weight", "3", distil=True),
+    "--amp bf16": lambda patch: autocast("bf16", torch.bfloat16, patch),
     "batch size 3": two_ranks,
     "--device cuda": lambda patch: (patch.setattr(torch.cuda, "is_available", lambda: False), distributed.init("cuda")),
     "set NODE_RANK": node,
@@ -128,7 +142,7 @@ def beginning(message: str, table: dict) -> str | None:
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_message(message, tmp_path, monkeypatch, capsys):
+def test_message(message, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     if found := beginning(message, ELSEWHERE):
         assert_test_looks_for(message, ELSEWHERE[found])
@@ -141,7 +155,8 @@ def test_message(message, tmp_path, monkeypatch, capsys):
         text = str(error)
     printed = capsys.readouterr()
     pattern = ".*".join(re.escape(part) for part in message.split("..."))
-    assert re.search(pattern, text + printed.out + printed.err), text + printed.out + printed.err
+    text += printed.out + printed.err + caplog.text
+    assert re.search(pattern, text), text
 
 
 def assert_test_looks_for(message: str, name: str) -> None:
@@ -155,3 +170,9 @@ def assert_test_looks_for(message: str, name: str) -> None:
 
 def test_every_cause_is_used():
     assert {beginning(message, PROVOKED) or beginning(message, ELSEWHERE) for message in MESSAGES} == {*PROVOKED, *ELSEWHERE}
+
+
+@pytest.mark.parametrize(("amp", "slow"), [("bf16", torch.float16), ("fp16", torch.bfloat16), ("off", torch.float32)])
+def test_an_autocast_that_is_no_slower_is_not_warned_of(amp, slow, monkeypatch, caplog):
+    autocast(amp, slow, monkeypatch)
+    assert not caplog.text

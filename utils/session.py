@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ def run_script(function, options: Options) -> None:
     try:
         device = distributed.init(options.device, options.dist_timeout)
         log.setup()
+        warn_of_slow_autocast(getattr(options, "amp", "off"), device)  # exports have no --amp
         status = function(options, device)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
@@ -48,6 +50,23 @@ def run_script(function, options: Options) -> None:
         os._exit(2)  # at once: a rank that waits for this one in a collective must see it go
     distributed.shutdown()
     sys.exit(status)
+
+
+def warn_of_slow_autocast(amp: str, device: torch.device) -> None:
+    """One line where a CPU computes the precision of --amp in software: without its instructions a training takes many times as long."""
+    if amp == "off" or device.type != "cpu" or not distributed.is_main():
+        return
+    seconds = {}
+    for dtype in (torch.float32, AMP[amp]):
+        image = torch.ones(1, 128, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
+        weight = torch.ones(128, 128, 3, 3, dtype=dtype)
+        for _ in range(3):
+            start = time.process_time()  # of the wall's clock other processes take their share
+            torch.nn.functional.conv2d(image, weight, padding=1)
+            seconds[dtype] = min(time.process_time() - start, seconds.get(dtype, math.inf))
+    times = seconds[AMP[amp]] / seconds[torch.float32]
+    if times > 2:
+        logger.warning("--amp %s: a convolution takes this CPU %.0f times as long as in float32; leave --amp off here", amp, times)
 
 
 def explain(error: Exception) -> str:

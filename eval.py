@@ -11,14 +11,12 @@ The network is built from the checkpoint itself. The figures do not depend on th
 import json
 from pathlib import Path
 
-import torch
-
 from dataset import EvalSampler, build_dataset, build_loader
 from models import count_macs, count_parameters
 from models.weights import model_from_checkpoint
 from utils import distributed
 from utils.distill import is_label_assisted
-from utils.engine import AMP
+from utils.engine import AMP, memory_format
 from utils.log import logger
 from utils.metrics import Inference, Timed, evaluate
 from utils.options import eval_options, option_table
@@ -45,7 +43,7 @@ def main(options, device) -> None:
         raise ValueError(f"{options.checkpoint}: a label-assisted teacher needs the labels that it would predict; give a student")
     count = min(options.limit or len(pictures), len(pictures))
     loader = build_loader(pictures, EvalSampler(count, distributed.rank(), distributed.world()), workers=options.workers, device=device)
-    model = model.to(device=device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    model = model.to(device=device, memory_format=memory_format(options, device))
     inference = Inference(options.mode, options.window, options.stride, tuple(options.scales), options.flip)
     output = Path(options.output or Path(options.checkpoint).parent / "eval" / Path(options.checkpoint).stem / split)
     if distributed.is_main():

@@ -27,8 +27,17 @@ class Normalized(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """Memory format of the weights, in which the network computes: a convolution takes NHWC if one of its operands has it."""
+        for weight in self.parameters():
+            contiguous = weight.is_contiguous()
+            if weight.dim() == 4 and contiguous != weight.is_contiguous(memory_format=torch.channels_last):
+                return torch.contiguous_format if contiguous else torch.channels_last
+        return torch.preserve_format  # no kernel that would tell
+
     def normalize(self, image: Tensor) -> Tensor:
-        """(B, 3 or 4, H, W) RGB in 0..255, any dtype -> what the network expects, in its dtype.
+        """(B, 3 or 4, H, W) RGB in 0..255, any dtype -> what the network expects, in its dtype and memory format.
 
         One with four input channels gets the fourth as it is, zeros if the image has none.
         """
@@ -42,4 +51,4 @@ class Normalized(nn.Module):
         if expected == 4:
             fourth = image[:, 3:] if image.shape[1] == 4 else torch.zeros_like(image[:, :1])
             colour = torch.cat([colour, fourth], dim=1)
-        return colour.to(self.mean.dtype)
+        return colour.to(self.mean.dtype, memory_format=self.layout)

@@ -34,6 +34,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -74,7 +75,7 @@ class Shape:
     teacher: str = "resnet101"
 
 
-LAYOUTS = {"ours": torch.channels_last, "plain": torch.contiguous_format}  # of networks and pictures
+FORMS = ("ours", "plain")
 PARTS = ("task", "teacher", "metric", "loader", "piece", "loss", "step")
 SHAPES = (Shape("camvid", 11, (360, 360), 4, (360, 480)), Shape("citys", 19, (512, 1024), 2, (1024, 2048)))
 QUICK = (Shape("shapes", 5, (64, 64), 2, (64, 96), "mobilenetv3_small", "resnet18_vanilla"),)
@@ -233,14 +234,20 @@ class Bench:
                 module.p = 0.0  # its mask depends on the layout, and the two forms shall compute the same
         seen = on_meta(self.teacher, torch.zeros(1, 3, *shape.crop, device="meta"), needs=self.teacher.channels)
         self.sizes = {name: getattr(seen, name).shape[-2:] for name in self.teacher.channels}
-        self.formats = {form: {who: self.formats_of(model, LAYOUTS[form]) for who, model in (("student", self.student), ("teacher", self.teacher))}
-                        for form in LAYOUTS}  # fmt: skip
+        networks = {"student": self.student, "teacher": self.teacher}
+        self.formats = {form: {who: self.formats_of(model, self.layout(form, who)) for who, model in networks.items()} for form in FORMS}
+
+    def layout(self, form: str, who: str) -> torch.memory_format:
+        """Memory format of the student's or the teacher's weights: ours as `train_kd.py` arranges them, the plain form's NCHW."""
+        if form == "plain":
+            return torch.contiguous_format
+        return engine.memory_format(SimpleNamespace(channels_last=None, amp=self.amp), self.device, trained=who == "student")
 
     @torch.no_grad()
     def formats_of(self, model, layout: torch.memory_format) -> dict[str, tuple[torch.dtype, torch.memory_format]]:
-        """Type and memory format of every output of a network whose weights and pictures are in a layout, as they are seen in a pass."""
+        """Type and memory format of every output of a network whose weights are in a layout, as they are seen in a pass."""
         model = copy.deepcopy(model).eval().to(device=self.device, memory_format=layout)
-        image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device).to(memory_format=layout)
+        image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device)
         with self.autocast():
             output = model(image, model.channels)
         outputs = {name: getattr(output, name) for name in model.channels}
@@ -280,7 +287,7 @@ class Bench:
         target = F.interpolate(scores, size=shape.crop, mode="bilinear").argmax(1).to(torch.uint8)
         target[torch.rand(target.shape, generator=generator) < 0.1] = 255
         image = torch.randint(0, 256, (shape.batch, 3, *shape.crop), generator=generator, dtype=torch.uint8)
-        image = image.contiguous(memory_format=LAYOUTS["ours"])  # as `collate` stacks them
+        image = image.contiguous(memory_format=torch.channels_last)  # as `collate` stacks them
         batch = Batch(image, target, [str(k) for k in range(shape.batch)]).to(self.device)
         batch.step, batch.progress, batch.offset, batch.global_size = number, number / 100, 0, shape.batch
         batch.valid = (batch.target != 255).sum().double().clamp(min=1)
@@ -332,13 +339,12 @@ class Bench:
     def step(self, arm: Arm) -> Row:
         """A whole step of `train_step`; its plain form has the teacher as it was trained, NCHW, and every plain form."""
         options, trainings = self.options(arm), {}
-        for form, layout in LAYOUTS.items():
+        for form in FORMS:
             torch.manual_seed(0)
             distiller = Distiller(copy.deepcopy(self.student), TaskLoss(0.4), self.methods(options)).to(self.device)
-            if form == "ours":
-                distiller.arrange(layout)
+            distiller.arrange(self.layout(form, "student"))
             teacher = fold_batchnorm(self.teacher, distiller.teacher_needs)[0] if form == "ours" else copy.deepcopy(self.teacher)
-            teacher = Teacher(teacher.to(device=self.device, memory_format=layout), distiller.teacher_needs,
+            teacher = Teacher(teacher.to(device=self.device, memory_format=self.layout(form, "teacher")), distiller.teacher_needs,
                               dtype=engine.AMP[self.amp] if form == "ours" else None)  # fmt: skip
             trainings[form] = engine.Training(distiller, build_optimizers(distiller, options), options, self.device), distiller, teacher
 
@@ -372,7 +378,7 @@ class Bench:
             return value.detach(), torch.autograd.grad(value, logits)[0]
 
         def inputs(number):
-            return {form: self.maps(number, ["logits"], "student", form)["logits"].float() for form in LAYOUTS}, self.batch(number)
+            return {form: self.maps(number, ["logits"], "student", form)["logits"].float() for form in FORMS}, self.batch(number)
 
         forms = {
             "ours": lambda logits, batch: run(cross_entropy, logits["ours"], batch),
@@ -390,7 +396,7 @@ class Bench:
         folded = fold_batchnorm(self.teacher, needs)[0]
         other = copy.deepcopy(self.teacher).to(self.device)
         for name, dtype in (("exact", None), ("bf16", torch.bfloat16)):
-            ours = Teacher(copy.deepcopy(folded).to(device=self.device, memory_format=torch.channels_last), needs, dtype=dtype)
+            ours = Teacher(copy.deepcopy(folded).to(device=self.device, memory_format=self.layout("ours", "teacher")), needs, dtype=dtype)
 
             def run(batch, ours=ours, dtype=dtype):
                 with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
@@ -398,7 +404,7 @@ class Bench:
 
             def as_trained(batch):
                 with torch.no_grad():
-                    return other(batch.image.contiguous(), needs).logits
+                    return other(batch.image, needs).logits
 
             forms = {"ours": run, "plain": as_trained}
             rows.append(compare(
@@ -412,7 +418,7 @@ class Bench:
         classes, size = self.shape.classes, self.shape.crop
 
         def inputs(number):
-            logits = {form: self.maps(number, ["logits"], "student", form)["logits"][:1].float() for form in LAYOUTS}
+            logits = {form: self.maps(number, ["logits"], "student", form)["logits"][:1].float() for form in FORMS}
             return logits, metrics.upsampled(logits["plain"], size), self.batch(number).target[:1]
 
         forms = {
@@ -456,7 +462,7 @@ class Bench:
 
         def inputs(number):
             maps = {form: (self.maps(number, ["c4"], "student", form)["c4"], *(self.maps(number + k, ["c4"], "teacher", form)["c4"] for k in (1, 2)))
-                    for form in LAYOUTS}  # fmt: skip
+                    for form in FORMS}  # fmt: skip
             for form, (feature, generated, teacher) in maps.items():  # what the projector returns
                 maps[form] = feature, projection.as_convolved(generated), teacher
             return maps, torch.randn(maps["plain"][1].shape, generator=torch.Generator().manual_seed(number)).to(self.device)

@@ -37,7 +37,7 @@ from dataset.reading import read_upright
 from models.weights import model_from_checkpoint
 from utils import checkpoint, distributed
 from utils.distill import is_label_assisted
-from utils.engine import AMP
+from utils.engine import AMP, memory_format
 from utils.log import logger, progress_bar
 from utils.metrics import Inference, Timed
 from utils.options import predict_options
@@ -280,7 +280,7 @@ def predict(model, options, batches: Iterable[list[Frame | Unread]], expected: i
     """
     rows, num_classes, amp = [], options.spec.num_classes, AMP[options.amp]
     timed = Timed(Inference(options.mode, options.window, options.stride, tuple(options.scales), options.flip), device)
-    model = model.eval().to(device=device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    model = model.eval().to(device=device, memory_format=memory_format(options, device))
     with progress_bar(expected, unit="image", description="prediction") as bar:
         for batch in batches:
             sizes: dict[tuple[int, ...], list[Frame]] = {}

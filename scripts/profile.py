@@ -29,7 +29,7 @@ from models.weights import model_from_checkpoint
 from scripts.benchmark import cpu_name
 from scripts.watch import watched
 from utils import distributed
-from utils.engine import AMP
+from utils.engine import AMP, memory_format
 from utils.log import logger, progress_bar
 from utils.metrics import Inference
 from utils.options import profile_options
@@ -74,7 +74,7 @@ def named_models(options) -> dict[str, Segmentor]:
 
 def prepared(model: Segmentor, options, device) -> Segmentor:
     model, _ = deployable(model, fold=options.fold)
-    return model.to(device=device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    return model.to(device=device, memory_format=memory_format(options, device))
 
 
 def file_bytes(model: Segmentor) -> int:
@@ -88,7 +88,7 @@ def profile(networks: dict[str, Segmentor], size: tuple[int, int], options, devi
     """One row per network at one size: times in ms, memory in MiB."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (options.batch_size, 3, *size), generator=generator, dtype=torch.uint8).to(device)
-    image = image.contiguous(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    image = image.contiguous(memory_format=memory_format(options, device))
     infer, amp = Inference(), AMP[options.amp]
 
     def run(model):

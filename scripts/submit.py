@@ -21,7 +21,7 @@ from dataset.specs import Submission
 from models.weights import model_from_checkpoint
 from utils import distributed
 from utils.distill import is_label_assisted
-from utils.engine import AMP
+from utils.engine import AMP, memory_format
 from utils.log import logger, progress_bar
 from utils.metrics import Inference
 from utils.options import submit_options
@@ -72,7 +72,7 @@ def predict(model, options, pictures, paths: list[Path], device) -> None:
     label_ids = np.array(form.label_ids, np.uint8)
     sampler, amp = EvalSampler(len(pictures), distributed.rank(), distributed.world()), AMP[options.amp]
     loader = build_loader(pictures, sampler, workers=options.workers, device=device)
-    model = model.eval().to(device=device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    model = model.eval().to(device=device, memory_format=memory_format(options, device))
     with progress_bar(len(sampler), unit="image", description="prediction") as bar:
         for index, batch in zip(sampler, loader, strict=True):
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):

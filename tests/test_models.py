@@ -356,11 +356,15 @@ def test_other_precisions(dtype):
 
 
 @pytest.mark.parametrize(("normalization", "in_channels"), [("imagenet", 3), ("caffe-bgr", 3), ("caffe-bgr", 4)])
-def test_memory_format_is_kept(normalization, in_channels):
-    model = build_model("pspnet", "mobilenetv2", 5, normalization=normalization, in_channels=in_channels)
-    pixels = image(2, in_channels, 16, 16)
-    assert model.normalize(pixels).is_contiguous()
-    assert model.normalize(pixels.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+def test_activations_have_the_memory_format_of_the_weights(normalization, in_channels):
+    """Pictures come from the loader in NHWC, which convolutions would pass on, whatever the weights are in."""
+    model = build_model("pspnet", "mobilenetv2", 5, normalization=normalization, in_channels=in_channels).eval()
+    for weights in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=weights)
+        for pixels in (torch.contiguous_format, torch.channels_last):
+            pixels = image(2, in_channels, 32, 32).contiguous(memory_format=pixels)
+            output = model(pixels, ("c1", "c4"))
+            assert all(x.is_contiguous(memory_format=weights) for x in (model.normalize(pixels), output.c1, output.c4))
 
 
 def test_fourth_channel():

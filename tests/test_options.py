@@ -89,8 +89,8 @@ def test_spellings():
 
 
 def test_booleans():
-    assert baseline().channels_last and not baseline().resume and not baseline().ema
-    assert not baseline("--no-channels-last").channels_last and baseline("--resume").resume
+    assert baseline().channels_last is None and not baseline().resume and not baseline().ema
+    assert baseline("--no-channels-last").channels_last is False and baseline("--channels-last").channels_last and baseline("--resume").resume
     assert distil("--method", "kd", "--no-kd-mask-ignored").methods["kd"].mask_ignored is False
     assert baseline().student_aux is None and baseline("--aux").student_aux and baseline("--no-aux").student_aux is False
 

@@ -24,7 +24,7 @@ from models.weights import expected_normalization, load_backbone, load_into, mod
 from utils import checkpoint, distributed, log
 from utils.board import require_tensorboard
 from utils.distill import Distiller, LabelAssisted, Teacher, check_compile
-from utils.engine import AMP, NonFiniteError, Training, fit
+from utils.engine import AMP, NonFiniteError, Training, fit, memory_format
 from utils.log import logger
 from utils.metrics import Inference, Stopped, evaluate
 from utils.optim import build_optimizers
@@ -134,9 +134,8 @@ def train(options: Options, device: torch.device) -> int | None:
     logger.debug("%s", option_table(options))
     logger.info("%s", describe(distiller, teacher_model, sizes, options, device))
 
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
     distiller.to(device)
-    distiller.arrange(layout)
+    distiller.arrange(memory_format(options, device, trained=True))
     teacher = frozen_teacher(teacher_model, distiller.teacher_needs, options, device) if methods else None
     training = Training(distiller, build_optimizers(distiller, options), options, device)
     if resumed:
@@ -251,7 +250,7 @@ def frozen_teacher(model, needs, options: Options, device: torch.device) -> Teac
     """The teacher as it runs: BatchNorms folded into convolutions, in the format and the precision of the training."""
     model, folded = fold_batchnorm(model, needs, options.crop_size if isinstance(model, Foreign) else (64, 64))
     logger.info("teacher: %d BatchNorms folded into convolutions", folded)
-    model.to(device=device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    model.to(device=device, memory_format=memory_format(options, device))
     return Teacher(model, needs, options.seed, AMP[options.amp], options.compile)
 
 

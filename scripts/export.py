@@ -235,8 +235,8 @@ def quantized(content: bytes, pictures: Iterable[np.ndarray], metadata: dict) ->
     value on the pictures. Everything else stays in float32: the normalisation of the picture and the upsampling of the scores, which decide
     more labels than they take time.
 
-    Activations are unsigned and weights signed. CPUs without instructions for their products (VNNI on x86) add two of them in 16 bits,
-    where they may saturate: labels can be worse there than on a CPU that has them. A check says which CPU it ran on."""
+    Activations have eight bits, unsigned, and weights seven, signed. CPUs without instructions for their products (VNNI on x86) add two of
+    them in 16 bits, where those of eight-bit weights saturate: the labels of one file would depend on the CPU that it runs on."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -254,7 +254,7 @@ def quantized(content: bytes, pictures: Iterable[np.ndarray], metadata: dict) ->
         try:
             quantize_static(
                 onnx.load_from_string(content), path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=["Conv"],
-                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=True,
             )  # fmt: skip
         finally:
             logging.disable(logging.NOTSET)

@@ -135,6 +135,7 @@ def test_int8(folder, exported):
     weights = [value for value in values.values() if value.dtype == np.int8 and value.ndim == 4]
     convolutions = [node for node in proto.graph.node if node.op_type == "Conv"]
     assert len(weights) == len(convolutions) > 50 and len(small) < len(content) / 2
+    assert all(np.abs(weight.astype(int)).max() <= 64 for weight in weights), "2 x 255 x 65 exceeds 16 bits"
     scales = {values[node.input[1]].shape for node in proto.graph.node if node.op_type == "DequantizeLinear" and node.input[1] in values}
     assert {(weight.shape[0],) for weight in weights} <= scales
     made = {output: node for node in proto.graph.node for output in node.output}

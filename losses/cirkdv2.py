@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from losses.base import option, term_weight
 from losses.cirkd import CIRKD, Projection, minibatch_relation
 from losses.functional import full_precision, similarity_kl, unit
+from models.layers import regional_means
 from utils import distributed
 
 
@@ -22,7 +23,7 @@ class CIRKDv2(CIRKD):
     (F_S - F_T)^2; `memory_channel`: the relation to a sample of a queue of the teacher's channels.
 
     All terms are means with the published weights: factor 1 to the paper's numbers. The published weight of `fitnet` is 10 but for
-    DeepLabV3-ResNet18 on Cityscapes, where it is 1 (PSPNet-MobileNetV2 there: 10).
+    DeepLabV3-ResNet18 on Cityscapes, where it is 1 (PSPNet-MobileNetV3-Small there: 10).
 
     The channel queue needs channels of one length, ceil(H/8/4) x ceil(W/8/4) positions of the crop (H, W), the 4x4 pooling of a map
     of stride 8. A map of another stride (SegFormer's 4) is averaged to that very grid.
@@ -128,7 +129,7 @@ def pool_to(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """x (B, C, h, w) averaged over 4x4 windows, smaller ones at the far edges, where that gives the grid; else over windows that do."""
     if tuple(-(-side // 4) for side in x.shape[-2:]) == grid:
         return F.avg_pool2d(x, 4, ceil_mode=True)
-    return F.adaptive_avg_pool2d(x, grid)
+    return regional_means(x, grid)
 
 
 def random_rows(vectors: Tensor, noise: Tensor, count: int) -> Tensor:

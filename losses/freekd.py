@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from losses.base import Method, option, term_weight
-from losses.functional import full_precision, labels_like, resize_like
-from losses.tokens import label_entropy, masked_mean, overlap, token_masks
+from losses.functional import full_precision, label_entropy, labels_like, resize_like
+from losses.tokens import masked_mean, overlap, token_masks
 
 
 class FreeKD(Method):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.base import IGNORE
+
 
 def widen(x):
     """float16 and bfloat16 tensors as float32; everything else unchanged."""
@@ -171,3 +173,10 @@ def softmax_with_sum(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
     where a log-softmax and its exponential take two."""
     probability = x.softmax(dim)
     return probability, x.amax(dim) - probability.amax(dim).log()
+
+
+@full_precision
+def label_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (B, K, h, w), mean over labelled pixels of labels (B, h, w); a connected 0 without any."""
+    # summed here: torch's own sum of it has no deterministic form on a GPU
+    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none").sum() / (labels != IGNORE).sum().clamp(min=1)

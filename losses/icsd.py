@@ -17,7 +17,8 @@ class ICSD(Method):
     Term `ics`, form "paper": class k is a distribution over all positions, p_k = softmax of its logits; ICS[k, l] = KL(p_k || p_l)
     per image; the loss is the mean squared difference of the two matrices. Form "released", what the authors' code computes: softmax
     over the height alone; one matrix per batch with the entries (1/B) * sum of p_l * (log p_l - p_k) for k <= l, mirrored below;
-    rows divided by their L2 norm; the mean squared difference divided by B. Both are one product of matrices and one vector of
+    rows divided by their L2 norm; the mean squared difference divided by B, the images of one process: with half as many per process it is
+    four times as strong (the published runs have 6). Both are one product of matrices and one vector of
     entropies.
 
     Term `kd` is plain KD. The authors' is divided by K as well and has weight 10, which is 10 / K here. Their weight of `ics`, 9500,
@@ -35,7 +36,7 @@ class ICSD(Method):
     class Options:
         ics_weight: float = term_weight(1.0, "weight of the inter-class similarity", when=("form", "released", {"default": 9500.0}))
         kd_weight: float = term_weight(
-            0.5, "weight of plain KD, 10 / K", shapes=1.25, camvid=0.909, citys=0.526, voc=0.476, ade20k=0.0667,
+            0.5, "weight of plain KD, 10 / K (for your own data 10 / 20)", shapes=1.25, camvid=0.909, citys=0.526, voc=0.476, ade20k=0.0667,
             coco_stuff_164k=0.0585, coco_stuff_182=0.0549, coco_stuff_10k=0.0585,
         )  # fmt: skip
         form: str = option("paper", "divergences over all positions, or what the authors' code computes", choices=("paper", "released"))

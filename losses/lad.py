@@ -12,7 +12,7 @@ from torch import Tensor
 from losses.base import IGNORE, random_rows
 from losses.functional import channel_kl
 
-SCALE = 100.0  # of the plane, which joins colours of 0..255
+SCALE = 100.0  # of the plane, which joins colours of 0..255; networks normalise both
 TRAINING_NOISE, TEACHING_NOISE = 0.03, 0.02
 DROPOUT = 0.01  # in the heads of a label-assisted teacher
 CONSISTENCY_WEIGHT, TEMPERATURE = 5.0, 4.0

@@ -4,10 +4,8 @@ M tokens, each a vector of the map's C channels; a mask is the sigmoid of a toke
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import IGNORE
 from losses.functional import full_precision
 
 
@@ -32,9 +30,3 @@ def overlap(masks: Tensor) -> Tensor:
     dice = 2 * products / (squares[:, :, None] + squares[:, None]).clamp(min=1e-12)
     others = ~torch.eye(count, dtype=torch.bool, device=masks.device)
     return (dice * others).sum((1, 2)).mean() / (count * (count - 1))
-
-
-@full_precision
-def label_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, K, h, w), mean over labelled pixels of labels (B, h, w); a connected 0 without any."""
-    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum") / (labels != IGNORE).sum().clamp(min=1)

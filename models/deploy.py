@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .fold import FoldedNorm, fold_batchnorm
+from .layers import average
 from .output import AUXILIARY
 from .segmentor import Segmentor
 
@@ -66,19 +67,3 @@ class Exportable(TorchFunctionMode):
 def fourth(value):
     """(B, M, N) -> (B, 1, M, N); what is no tensor of three dimensions stays: a missing mask, one of all pictures, a number."""
     return value[:, None] if isinstance(value, Tensor) and value.dim() == 3 else value
-
-
-def average(x: Tensor, size) -> Tensor:
-    """`F.adaptive_avg_pool2d`: means over `size` x `size` regions, those of a side of n pixels from floor(k n / size) to
-    ceil((k + 1) n / size). As x times a matrix of shares on either side, which needs no sizes in advance."""
-    rows, columns = (size, size) if isinstance(size, int) else size
-    if rows == columns == 1:
-        return x.mean((2, 3), keepdim=True)
-    return shares(rows, x.shape[2], x) @ x @ shares(columns, x.shape[3], x).mT
-
-
-def shares(regions: int, length: int, like: Tensor) -> Tensor:
-    """(regions, length): the weight of every position in the mean of every region."""
-    region, place = torch.arange(regions, device=like.device)[:, None], torch.arange(length, device=like.device)
-    inside = (place >= region * length // regions) & (place < ((region + 1) * length + regions - 1) // regions)
-    return inside.to(like.dtype) / inside.sum(1, keepdim=True).to(like.dtype)

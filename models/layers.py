@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,6 +12,28 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, dilation: int
     """Convolution without bias that keeps the size, normalisation, ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
     return nn.Sequential(conv, norm(out_channels), nn.ReLU(inplace=True))
+
+
+def regional_means(x: Tensor, size) -> Tensor:
+    """Means over `size` x `size` regions of (B, C, h, w): `F.adaptive_avg_pool2d`, whose gradient has no deterministic form on a GPU; under
+    `torch.use_deterministic_algorithms` by products with matrices."""
+    return average(x, size) if torch.are_deterministic_algorithms_enabled() else F.adaptive_avg_pool2d(x, size)
+
+
+def average(x: Tensor, size) -> Tensor:
+    """`F.adaptive_avg_pool2d`: means over `size` x `size` regions, those of a side of n pixels from floor(k n / size) to
+    ceil((k + 1) n / size). As x times a matrix of shares on either side, which needs no sizes in advance."""
+    rows, columns = (size, size) if isinstance(size, int) else size
+    if rows == columns == 1:
+        return x.mean((2, 3), keepdim=True)
+    return shares(rows, x.shape[2], x) @ x @ shares(columns, x.shape[3], x).mT
+
+
+def shares(regions: int, length: int, like: Tensor) -> Tensor:
+    """(regions, length): the weight of every position in the mean of every region."""
+    region, place = torch.arange(regions, device=like.device)[:, None], torch.arange(length, device=like.device)
+    inside = (place >= region * length // regions) & (place < ((region + 1) * length + regions - 1) // regions)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True).to(like.dtype)
 
 
 def initialize(part: nn.Module) -> None:

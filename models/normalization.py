@@ -39,7 +39,8 @@ class Normalized(nn.Module):
     def normalize(self, image: Tensor) -> Tensor:
         """(B, 3 or 4, H, W) RGB in 0..255, any dtype -> what the network expects, in its dtype and memory format.
 
-        One with four input channels gets the fourth as it is, zeros if the image has none.
+        One with four input channels gets the fourth divided by the mean of the colours' deviations (1 for the published weights), so that it
+        keeps its strength beside them; zeros if the image has none.
         """
         expected = self.config["in_channels"]
         if image.dim() != 4 or image.shape[1] not in (3, expected):
@@ -49,6 +50,6 @@ class Normalized(nn.Module):
         colour = image[:, :3].flip(1) if self.bgr else image[:, :3]
         colour = (colour - self.mean) / self.std
         if expected == 4:
-            fourth = image[:, 3:] if image.shape[1] == 4 else torch.zeros_like(image[:, :1])
+            fourth = image[:, 3:] / self.std.mean() if image.shape[1] == 4 else torch.zeros_like(image[:, :1])
             colour = torch.cat([colour, fourth], dim=1)
         return colour.to(self.mean.dtype, memory_format=self.layout)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .head import Head
-from .layers import PooledBatchNorm2d, conv_bn_relu
+from .layers import PooledBatchNorm2d, conv_bn_relu, regional_means
 
 POOL_SIZES = (1, 2, 3, 6)
 
@@ -26,6 +26,6 @@ class PSPHead(Head):
 
     def features(self, stages):
         c4 = stages[3]
-        levels = [level(F.adaptive_avg_pool2d(c4, size)) for level, size in zip(self.pyramid, POOL_SIZES, strict=True)]
+        levels = [level(regional_means(c4, size)) for level, size in zip(self.pyramid, POOL_SIZES, strict=True)]
         levels = [F.interpolate(level, c4.shape[2:], mode="bilinear", align_corners=True) for level in levels]
         return self.fuse(torch.cat([c4, *levels], dim=1))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .head import Head
-from .layers import PooledBatchNorm2d, conv_bn_relu
+from .layers import PooledBatchNorm2d, conv_bn_relu, regional_means
 from .pspnet import POOL_SIZES
 
 POOLED = 512  # channels of a level of the pyramid, whatever the width
@@ -47,7 +47,7 @@ class UPerHead(Head):
 
     def features(self, stages):
         c4 = stages[3]
-        levels = [level(resize(F.adaptive_avg_pool2d(c4, size), c4)) for level, size in zip(self.pyramid, POOL_SIZES, strict=True)]
+        levels = [level(resize(regional_means(c4, size), c4)) for level, size in zip(self.pyramid, POOL_SIZES, strict=True)]
         top = self.deepest(torch.cat([c4, *levels], dim=1))
         maps = [top]
         for stage, lateral, smooth in zip(stages[2::-1], self.lateral[::-1], self.smooth[::-1], strict=True):

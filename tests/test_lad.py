@@ -7,11 +7,13 @@ import torch
 from dataset import get_spec
 from losses.lad import consistency, label_plane, teaching_codes, teaching_image, training_image
 from losses.task import TaskLoss
-from models import build_model
+from models import NORMALIZATIONS, build_model
 from models.weights import load_backbone, load_into
 from tests import reference
 from utils.distill import LabelAssisted, Teacher
 from utils.metrics import evaluate
+from utils.options import train_options
+from utils.session import build_student
 
 CLASSES = 5
 
@@ -80,6 +82,27 @@ def test_teacher_sees_labels_and_plain_models_do_not():
     other.target = other.target.flip(1)
     assert not torch.equal(assisted(here).logits, assisted(other).logits)
     assert torch.equal(plain(here).logits, plain(other).logits)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_the_plane_is_as_strong_beside_the_colours_as_published(normalization):
+    """Published networks get colours less their mean and 100 times the codes; where colours are divided, so is the plane."""
+    model = build_model("pspnet", "mobilenetv2", CLASSES, normalization=normalization, in_channels=4)
+    image = teaching_image(batch(), CLASSES, seed=0)
+    normal, spread = model.normalize(image).double(), image.double().std((0, 2, 3))
+    ratio = normal[:, 3].std() / normal[:, :3].std((0, 2, 3)).mean()
+    assert ratio.item() == pytest.approx((spread[3] / spread[:3].mean()).item(), rel=0.01)
+
+
+def test_dropouts():
+    """0.01 in a label-assisted teacher, the published ones in others, --dropout in all."""
+
+    def rates(*given):
+        options = train_options(["--dataset", "shapes", "--save-dir", "unused", "--backbone", "mobilenetv2", *given], distil=False, description="")
+        return {module.p for module in build_student(options).modules() if isinstance(module, torch.nn.Dropout)}
+
+    assert rates() == {0.1, 0.5} and rates("--label-assisted") == {0.01}
+    assert rates("--dropout", "0.2") == rates("--label-assisted", "--student-dropout", "0.2") == {0.2} and rates("--dropout", "0") == {0.0}
 
 
 def test_a_fourth_plane_is_left_out_exactly(tmp_path):

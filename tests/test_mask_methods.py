@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from losses.freekd import band_distance, inverse_wavelet, wavelet
-from losses.tokens import label_entropy, masked_mean, overlap, token_masks
+from losses.functional import label_entropy
+from losses.tokens import masked_mean, overlap, token_masks
 from tests import reference
 
 LOGITS = {"logits": 5, "aux": 5, "c4": 6}

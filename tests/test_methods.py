@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import METHODS, Method, Setup, build_methods, resolve
 from losses.task import TaskLoss, cross_entropy
-from models import FIELDS, build_model
+from models import FIELDS, MODELS, backbones_of, build_model
 from tests import reference
 from tests.paths import REPOSITORY
 from utils.distill import Distiller, Teacher
@@ -139,6 +141,58 @@ def test_teacher_gets_no_gradient(name):
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items()), "running statistics of the teacher moved"
     unused = [n for n, p in distiller.named_parameters() if p.grad is None]
     assert not unused, f"DDP would raise on {unused}"
+
+
+class Operations(TorchDispatchMode):
+    """Those that raise on a GPU under `torch.use_deterministic_algorithms` (its docstring; a summed NLL, but not one per element)."""
+
+    RAISE = ("adaptive_avg_pool2d_backward", "adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward", "reflection_pad", "histc", "median",
+             "grid_sampler", "ctc_loss", "max_unpool", "fractional_max_pool", "put_.default", "avg_pool3d_backward")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        summed = name.startswith("nll_loss") and "backward" not in name and args[3] != 0
+        if summed or any(part in name for part in self.RAISE) and "index_put" not in name:
+            self.found.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_raises_where_determinism_is_asked_for(name, deterministic):
+    """As far as that can be seen without a GPU: none of the operations is used that have no deterministic form on one."""
+    size = (12, 20)
+    method = make(name, CHANNELS, WIDE, 2, size)
+    student, teacher = tensors(CHANNELS, 2, size, method.needs, 1, requires_grad=True), tensors(WIDE, 2, size, method.needs, 2)
+    with Operations() as seen:
+        run(method, student, teacher, labels(2, size))[1].backward()
+    assert not seen.found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_network_raises_where_determinism_is_asked_for(model, deterministic):
+    network, image = build_model(model, backbones_of(model)[0], CLASSES, head_width=8 if model != "segformer" else None), torch.zeros(2, 3, 64, 96)
+    with Operations() as seen:
+        sum(getattr(network(image, network.channels), name).sum() for name in network.channels).backward()
+    assert not seen.found
+
+
+def test_operations_without_a_deterministic_form_are_seen():
+    """What the two tests above look for, where it is not asked for."""
+    x = torch.randn(1, 5, 6, 6, requires_grad=True)
+    with Operations() as seen:
+        (F.adaptive_avg_pool2d(x, 4).sum() + F.cross_entropy(x, torch.zeros(1, 6, 6, dtype=torch.long), reduction="sum")).backward()
+    assert len(seen.found) == 2
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -371,7 +371,7 @@ def test_fourth_channel():
     model = build_model("pspnet", "resnet18", 5, normalization="caffe-bgr", in_channels=4).eval()
     pixels = image(1, 4, 33, 33)
     normalized = model.normalize(pixels)
-    assert torch.equal(normalized[:, 3], pixels[:, 3].float())
+    assert torch.equal(normalized[:, 3], pixels[:, 3].float()), "as the published networks get it"
     without = model.normalize(pixels[:, :3])
     assert torch.equal(without[:, :3], normalized[:, :3]) and not without[:, 3].any()
     assert model(pixels[:, :3]).logits.shape == (1, 5, 5, 5)

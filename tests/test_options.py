@@ -138,6 +138,7 @@ REFUSED = {  # script, arguments, message
     "data of nothing": ("train_baseline.py", ["--save-dir", "x", "--data", "camvid"], "--data camvid: shapes has no files"),
     "not a number": ("train_baseline.py", ["--lr", "nan"], "--lr nan: must be at least 0"),
     "infinite": ("train_baseline.py", ["--max-minutes", "inf"], "--max-minutes inf: must be at least 0.001 and finite"),
+    "dropout": ("train_baseline.py", ["--dropout", "1"], "--student-dropout 1: must be below 1, for example 0.1"),
     "average": ("train_baseline.py", ["--ema", "1"], "--ema 1.0: must be below 1, for example 0.999"),
     "data set": ("train_baseline.py", ["--dataset", "camvit"], "unknown data set 'camvit', possible: shapes, camvid"),
     "data set meant": ("train_baseline.py", ["--dataset", "camvit"], "did you mean camvid?"),

@@ -85,7 +85,7 @@ def test_half_precision_gradients_of_folded_kernels_come_in_blocks():
         found = torch.autograd.grad(product, (kernels, matrix), direction)
     plain = torch.einsum("oikl,ij->ojkl", kernels.bfloat16().float(), matrix.bfloat16().float())
     for ours, exact in zip(found, torch.autograd.grad(plain, (kernels, matrix), direction.float()), strict=True):
-        assert ours.dtype == torch.float32 and (ours - exact).norm() < 1e-2 * exact.norm()
+        assert ours.dtype == torch.float32 and (ours - exact).norm() < 3e-2 * exact.norm()  # 2e-2 on CPUs without bfloat16
     assert kernels.nbytes < watch.peak < 1.5 * kernels.nbytes
 
 
@@ -149,7 +149,7 @@ def test_autocast_stays_near_float32(front):
         ours = gradients(FRONTS[front], align, first, feature.bfloat16(), mask)
     assert ours[0].dtype == ours[1].dtype == torch.bfloat16 and ours[2].dtype == ours[4].dtype == torch.float32
     for a, b in zip(ours, expected, strict=True):
-        assert 1e-6 * b.norm() < (a - b).norm() < 1e-2 * b.norm()
+        assert 1e-6 * b.norm() < (a - b).norm() < 3e-2 * b.norm()  # 1e-2 on CPUs that have bfloat16
 
 
 @pytest.mark.parametrize("between", [nn.BatchNorm2d(10), nn.ReLU()])

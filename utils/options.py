@@ -175,6 +175,7 @@ def _add_network(parser, prefix, who):
     add("model", "deeplabv3", f"{', '.join(MODELS)}")
     add("backbone", "resnet18", f"{', '.join(BACKBONES)}")
     add("head-width", None, "channels of the head; none takes the published width of the pair", type=int, minimum=1)
+    add("dropout", None, "rate of every dropout layer; none: as published, 0.01 with --label-assisted", type=float, minimum=0)
     add("aux", None, "auxiliary heads, for training alone; none: as published", action=argparse.BooleanOptionalAction)
     add("pretrained", None, "checkpoint of a network to start from, or of its backbone alone; the input normalisation follows it", type=str)
     add("pretrained-base", "none", "backbone weights to start from: imagenet (torchvision's), a file, or none")
@@ -574,6 +575,8 @@ def _check_training(options: Options, given: dict) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {share:g}: must be below 1, for example 0.2")
         if share:
             options.spec = options.spec.hold_out(share, report)
+    if options.student_dropout is not None and not options.student_dropout < 1:
+        raise ValueError(f"--student-dropout {options.student_dropout:g}: must be below 1, for example 0.1")
     if not options.ema < 1:
         raise ValueError(f"--ema {options.ema}: must be below 1, for example 0.999")
     if options.data is not None and not options.spec.source:

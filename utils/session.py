@@ -171,10 +171,11 @@ def build_student(options: Options):
     )  # fmt: skip
     if options.detail_weight and options.sources["detail_weight"] == "command line" and "detail" not in student.channels:
         raise ValueError(f"--detail-weight {options.detail_weight:g}: {options.student_model} has no detail head; drop the flag")
-    if options.label_assisted:
+    dropout = lad.DROPOUT if options.student_dropout is None and options.label_assisted else options.student_dropout
+    if dropout is not None:
         for module in student.modules():
             if isinstance(module, torch.nn.Dropout):
-                module.p = lad.DROPOUT
+                module.p = dropout
     return student
 
 

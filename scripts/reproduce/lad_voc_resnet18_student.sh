@@ -28,6 +28,6 @@ LR=${LR:-0.001}
 WEIGHT_DECAY=1e-4
 AUX_WEIGHT=0.02
 SAVE_DIR=${SAVE_DIR:-runs/reproduce/lad_voc_${MODEL}_resnet18_student}
-METHOD_FLAGS=(--cwd-logits-weight 3 --cwd-logits-temperature 4)
+METHOD_FLAGS=(--student-dropout 0.01 --cwd-logits-weight 3 --cwd-logits-temperature 4)
 
 source "$(dirname "${BASH_SOURCE[0]}")/distil.sh"

@@ -26,8 +26,8 @@ from losses.task import TaskLoss
 from models import SegOutput, build_model
 from models.fold import fold_batchnorm
 from scripts.watch import Watch
-from tests.workers import distil, on_ranks, train
-from utils import checkpoint, engine
+from tests.workers import RUN, TINY_STUDENT, distil, on_ranks, save_model, train
+from utils import checkpoint, engine, session
 from utils.distill import Distiller, Teacher
 from utils.engine import NonFiniteError, Training
 from utils.log import logger
@@ -111,6 +111,31 @@ def rows(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule, budget
+
+
+@pytest.mark.parametrize(("flags", "instructions", "student", "teacher"), [
+    ((), "AVX512", "NHWC", "NHWC"), ((), "AVX2", "NCHW", "NHWC"), (("--amp", "bf16"), "AVX2", "NHWC", "NHWC"),
+    (("--channels-last",), "AVX2", "NHWC", "NHWC"), (("--no-channels-last",), "AVX512", "NCHW", "NCHW"),
+])  # fmt: skip
+def test_memory_formats_of_a_training(tmp_path, monkeypatch, flags, instructions, student, teacher):
+    """Of what the networks compute, not only of their weights."""
+    save_model(tmp_path / "teacher.pth")
+    given = ["--method", "kd", "--teacher-checkpoint", str(tmp_path / "teacher.pth"), *TINY_STUDENT, *RUN, "--max-iterations", "1", "--workers", "0"]
+    seen, forward = [], METHODS["kd"].forward
+
+    class Enough(Exception):
+        pass
+
+    def look(self, *outputs_and_batch):
+        seen.extend("NCHW" if output.logits.is_contiguous() else "NHWC" for output in outputs_and_batch[:2])
+        forward(self, *outputs_and_batch)
+        raise Enough
+
+    monkeypatch.setattr(METHODS["kd"], "forward", look)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    with pytest.raises(Enough):
+        session.train(train_options([*given, *flags, "--save-dir", str(tmp_path / "run")], distil=True, description=""), torch.device("cpu"))
+    assert seen == [student, teacher]
 
 
 def test_poly_lr():

@@ -103,6 +103,9 @@ def test_dropouts():
 
     assert rates() == {0.1, 0.5} and rates("--label-assisted") == {0.01}
     assert rates("--dropout", "0.2") == rates("--label-assisted", "--student-dropout", "0.2") == {0.2} and rates("--dropout", "0") == {0.0}
+    assert rates("--model", "lraspp", "--label-assisted") == set()
+    with pytest.raises(ValueError, match="--student-dropout 0.2: lraspp has no dropout layer; drop the flag"):
+        rates("--model", "lraspp", "--dropout", "0.2")
 
 
 def test_a_fourth_plane_is_left_out_exactly(tmp_path):

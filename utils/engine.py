@@ -21,8 +21,8 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def memory_format(options, device: torch.device, trained: bool = False) -> torch.memory_format:
-    """In which a network's weights and activations are stored: by --channels-last, or in the faster one. oneDNN computes the gradients of
-    kernels with AVX2 in NHWC at 14 to 50 GFLOP/s, in NCHW at 36 to 63 (one Zen 3 core); everything else is faster in NHWC, there too."""
+    """In which a network's weights and activations are stored: by --channels-last, or in the faster one. With AVX2 oneDNN computes the
+    gradients of 3x3 kernels in NHWC at 14 to 50 GFLOP/s, in NCHW at 36 to 63 (one Zen 3 core); whole forward passes are faster in NHWC there, too."""
     last = options.channels_last
     if last is None:
         slow = trained and options.amp == "off" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"

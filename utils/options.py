@@ -159,7 +159,7 @@ def _add_device(parser):
     parser.add(group, "device", "auto", "auto takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
     parser.add(group, "amp", "off", "autocast of the forward passes", choices=("off", "bf16", "fp16"))
     parser.add(group, "channels-last", None, "activations as NHWC, the same function; none: wherever that is faster, which is everywhere but for "
-               "a network that trains in float32 on a CPU without AVX-512", action=argparse.BooleanOptionalAction)  # fmt: skip
+               "a network that trains in float32 on a CPU with AVX2 and no AVX-512", action=argparse.BooleanOptionalAction)  # fmt: skip
     parser.add(group, "dist-timeout", 1800.0, "seconds a rank waits for the others before it gives up", minimum=1)
     return group
 

@@ -173,9 +173,11 @@ def build_student(options: Options):
         raise ValueError(f"--detail-weight {options.detail_weight:g}: {options.student_model} has no detail head; drop the flag")
     dropout = lad.DROPOUT if options.student_dropout is None and options.label_assisted else options.student_dropout
     if dropout is not None:
-        for module in student.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = dropout
+        layers = [module for module in student.modules() if isinstance(module, torch.nn.Dropout)]
+        if not layers and options.student_dropout is not None:
+            raise ValueError(f"--student-dropout {dropout:g}: {options.student_model} has no dropout layer; drop the flag")
+        for layer in layers:
+            layer.p = dropout
     return student
 
 

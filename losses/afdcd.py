@@ -53,22 +53,26 @@ class AfDCD(Method):
         )  # fmt: skip
         normalise: str = option(
             "released", "sums with the published weights, or means with weights for any crop and width", choices=("released", "mean"), shapes="mean",
-            folder="mean",
+            folder="mean", terms=("fd", "contrast"),
         )
-        mask: str = option("random", "which positions of the student are zeroed", choices=("random", "centre", "none"))
-        mask_ratio: float = option(0.75, "share of the positions that a random mask zeroes, in [0, 1)", minimum=0, below=1)
+        mask: str = option("random", "which positions of the student are zeroed", choices=("random", "centre", "none"), terms=("fd", "contrast"))
+        mask_ratio: float = option(
+            0.75, "share of the positions that a random mask zeroes, in [0, 1)", minimum=0, below=1, terms=("fd", "contrast"), only=("mask", "random")
+        )
         projector: str = option(
             "plain", "two 3x3 convolutions, the two-branch one with four, or (not in the paper) two 3x3 between 1x1 of an eighth of the width",
-            choices=tuple(PROJECTORS),
+            choices=tuple(PROJECTORS), terms=("fd", "contrast"),
         )  # fmt: skip
-        negatives: str = option("released", "cells an anchor is pushed from", choices=("released", "omni", "channel", "spatial"))
-        distance: str = option("l1", "distance between cells; the paper's ablation reports l2 as best", choices=("l1", "l2"))
-        tau: float = option(0.07, "temperature of the contrast", above=0)
-        groups: int = option(16, "channel groups M", minimum=1)
-        patch: int = option(4, "side of a patch, in positions of the pooled map", minimum=1)
-        pool: int = option(4, "max-pooling of the maps before the contrast, 0 for none", minimum=0, camvid=0, shapes=0)
-        contrast: str = option("auto", "the contrast as written or fused, equal to rounding; auto: fused, compiled if large", choices=FORMS)
-        grad_clip: float = option(15.0, "largest gradient norm of alignment and projector, 0 for no clipping", minimum=0)
+        negatives: str = option("released", "cells an anchor is pushed from", choices=("released", "omni", "channel", "spatial"), terms=("contrast",))
+        distance: str = option("l1", "distance between cells; the paper's ablation reports l2 as best", choices=("l1", "l2"), terms=("contrast",))
+        tau: float = option(0.07, "temperature of the contrast", above=0, terms=("contrast",))
+        groups: int = option(16, "channel groups M", minimum=1, terms=("contrast",))
+        patch: int = option(4, "side of a patch, in positions of the pooled map", minimum=1, terms=("contrast",))
+        pool: int = option(4, "max-pooling of the maps before the contrast, 0 for none", minimum=0, camvid=0, shapes=0, terms=("contrast",))
+        contrast: str = option(
+            "auto", "the contrast as written or fused, equal to rounding; auto: fused, compiled if large", choices=FORMS, terms=("contrast",)
+        )
+        grad_clip: float = option(15.0, "largest gradient norm of alignment and projector, 0 for no clipping", minimum=0, terms=("fd", "contrast"))
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

@@ -41,8 +41,8 @@ class APD(Method):
         similarity_weight: float = term_weight(10.0, "weight of the KL divergence of the similarities to the centroids")
         centroid_weight: float = term_weight(10.0, "weight of the distance of the centroids")
         adaptor_weight: float = term_weight(1.0, "weight of the cross-entropy that trains the teacher's adaptor")
-        scale: float = option(10.0, "factor on the cosine similarities before the softmax", above=0)
-        adaptor_lr: float = option(1e-5, "learning rate of the Adam that trains the teacher's adaptor", minimum=0)
+        scale: float = option(10.0, "factor on the cosine similarities before the softmax", above=0, terms=("similarity", "adaptor"))
+        adaptor_lr: float = option(1e-5, "learning rate of the Adam that trains the teacher's adaptor", minimum=0, terms=("adaptor",))
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

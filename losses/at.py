@@ -29,7 +29,7 @@ class AT(Method):
     class Options:
         kd_weight: float = term_weight(1.0, "weight of plain KD")
         weight: float = term_weight(1e4, "weight of the difference of attention maps")
-        feature: str = option("head", "which features are compared", choices=("head", "c4"))
+        feature: str = option("head", "which features are compared", choices=("head", "c4"), terms=("at",))
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

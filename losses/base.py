@@ -26,7 +26,7 @@ BOUNDS = {  # keyword of `option` -> what an error says, and the test
 }  # fmt: skip
 
 
-def option(default, help, *, choices=None, minimum=None, above=None, maximum=None, below=None, when=None, **per_dataset):
+def option(default, help, *, choices=None, minimum=None, above=None, maximum=None, below=None, when=None, terms=(), only=None, **per_dataset):
     """One setting of a method, and its command line flag.
 
     Args:
@@ -37,11 +37,15 @@ def option(default, help, *, choices=None, minimum=None, above=None, maximum=Non
         above, below: bounds that are not themselves allowed. Numbers are finite, whatever the bounds.
         when: `(other_option, value, {"default": ..., dataset: ...})`: other defaults when another option of the method has
             that value.
+        terms: the terms that read it, all of them unless given. With none of them active the flag would do nothing, and is refused.
+        only: `(other_option, value)`: it is read only when another option of the method has that value; otherwise the flag is refused.
         per_dataset: defaults per data set, by its name in `dataset/specs.py`.
     """
     given = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
     bounds = {name: number for name, number in given.items() if number is not None}
-    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds, "when": when, "per_dataset": per_dataset})
+    return field(default=default, metadata={
+        "help": help, "choices": choices, "bounds": bounds, "when": when, "terms": terms, "only": only, "per_dataset": per_dataset,
+    })  # fmt: skip
 
 
 def term_weight(default, help="", *, when=None, **per_dataset):
@@ -102,7 +106,8 @@ class Method(nn.Module):
         super().__init__()
         self.options = options
         self.setup = setup
-        self.weights = {term: value for term in self.terms() if (value := getattr(options, self._weight_field(term))) != 0}
+        self.weights = {term: value for term in self.terms() if (value := getattr(options, self.weight_field(term))) != 0}
+        self.left_out: dict[str, str] = {}
         if not self.weights:
             raise ValueError(f"every weight of {self.name} is 0; drop it from --method or give one of {', '.join(self.terms())} a weight")
         if setup.global_batch < self.min_batch:
@@ -115,12 +120,26 @@ class Method(nn.Module):
         return tuple(cls.name if n == "weight" else n.removesuffix("_weight") for n in names if n == "weight" or n.endswith("_weight"))
 
     @classmethod
-    def _weight_field(cls, term: str) -> str:
+    def weight_field(cls, term: str) -> str:
+        """The name of the term's weight in `Options`."""
         return "weight" if term == cls.name else f"{term}_weight"
 
     def active(self, term: str) -> bool:
         """Whether the term has a weight other than 0."""
         return term in self.weights
+
+    def leave_out(self, term: str, why: str) -> None:
+        """Leave out a term that these networks cannot have; the log says so, and whoever gave it a weight is refused.
+
+        Raises:
+            ValueError: no term is left.
+        """
+        del self.weights[term]
+        self.left_out[term] = why
+        if not self.weights:
+            other = next(name for name in self.terms() if name != term)
+            flag = f"--{self.name}-{self.weight_field(other)}".replace("_", "-")
+            raise ValueError(f"{self.name}: {why}, so no term is left; give {flag} a value other than 0")
 
     def factors(self, progress: float) -> dict[str, float]:
         """Factors on the weights that change during training; `progress` runs from 0 to 1. The key "task" scales the task loss."""
@@ -132,7 +151,7 @@ class Method(nn.Module):
         return None
 
     def uniform(self, batch, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1) of shape (B, *shape), see `random_rows`."""
+        """Uniform numbers in [0, 1) of shape (B, *shape), see `random_rows`; two calls in one step begin with the same numbers."""
         return random_rows(torch.rand, self.name, self.setup.seed, batch, *shape)
 
 
@@ -152,7 +171,7 @@ def resolve(method: type[Method], dataset: str, given: dict) -> tuple[object, di
     Precedence: command line, then the data set's value, then the default; `when` chooses the table they are taken from.
 
     Raises:
-        ValueError: a value is out of its option's bounds.
+        ValueError: a value is out of its option's bounds, or given and not read.
     """
     values, sources = {}, {}
     fields = {f.name: f for f in dataclasses.fields(method.Options)}
@@ -168,8 +187,28 @@ def resolve(method: type[Method], dataset: str, given: dict) -> tuple[object, di
             values[name], sources[name] = table[dataset], f"data set {dataset}"
         else:
             values[name], sources[name] = table["default"], "default"
-        check_bounds(f"--{method.name}-{name}".replace("_", "-"), values[name], meta["bounds"])
+        check_bounds(_flag(method, name), values[name], meta["bounds"])
+    for name in given:
+        _check_read(method, name, values)
     return method.Options(**values), sources
+
+
+def _flag(method: type[Method], name: str) -> str:
+    return f"--{method.name}-{name}".replace("_", "-")
+
+
+def _check_read(method: type[Method], name: str, values: dict) -> None:
+    """ValueError where an option was given that nothing reads, see `option`."""
+    meta = next(f.metadata for f in dataclasses.fields(method.Options) if f.name == name)
+    value = values[name]
+    shown = f"{_flag(method, name)} {value:g}" if isinstance(value, float) else f"{_flag(method, name)} {value}"
+    weights = [method.weight_field(term) for term in meta["terms"]]
+    if weights and not any(values[weight] for weight in weights):
+        off = " and ".join(f"{_flag(method, weight)} 0" for weight in weights)
+        raise ValueError(f"{shown}: nothing reads it with {off}; give {'that' if len(weights) == 1 else 'one'} another value, or drop the flag")
+    if meta["only"] and values[meta["only"][0]] != meta["only"][1]:
+        other, wanted = _flag(method, meta["only"][0]), meta["only"][1]
+        raise ValueError(f"{shown}: belongs to {other} {wanted}, {other} is {values[meta['only'][0]]}; add it, or drop the flag")
 
 
 def check_bounds(flag: str, value, bounds: dict[str, float]) -> None:

@@ -45,11 +45,17 @@ class CIRKD(Method):
         gather: bool = option(
             False, "compare the images of all ranks instead of each rank's own (with one image per rank that is the image with itself)"
         )
-        pixel_queue: int = option(20000, "remembered pixels per class (published: 20000, with SegFormer 2000)", minimum=1, shapes=2000)
-        region_queue: int = option(2000, "remembered regions per class", minimum=1, shapes=500)
-        pixel_samples: int = option(4096, "remembered pixels of all classes together that one step compares with", minimum=1)
-        region_samples: int = option(1024, "remembered regions of all classes together that one step compares with", minimum=1)
-        released_queue: bool = option(False, "store the first positions of an image as pixels of each class, as the released code does")
+        pixel_queue: int = option(
+            20000, "remembered pixels per class (published: 20000, with SegFormer 2000)", minimum=1, shapes=2000, terms=("memory_pixel",)
+        )
+        region_queue: int = option(2000, "remembered regions per class", minimum=1, shapes=500, terms=("memory_region",))
+        pixel_samples: int = option(4096, "remembered pixels of all classes together that one step compares with", minimum=1, terms=("memory_pixel",))
+        region_samples: int = option(
+            1024, "remembered regions of all classes together that one step compares with", minimum=1, terms=("memory_region",)
+        )
+        released_queue: bool = option(
+            False, "store the first positions of an image as pixels of each class, as the released code does", terms=("memory_pixel",)
+        )
         memory_limit_mib: int = option(8192, "refuse queues that together take more than this on every process", minimum=1)
 
     def __init__(self, options, setup):

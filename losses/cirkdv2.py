@@ -41,9 +41,9 @@ class CIRKDv2(CIRKD):
         minibatch_channel_weight: float = term_weight(1.0, "weight of the relation between the channels of a batch")
         channel_mse_weight: float = term_weight(100.0, "weight of the squared difference of the normalised channels")
         memory_channel_weight: float = term_weight(0.1, "weight of the relation to remembered channels")
-        channel_queue: int = option(10000, "remembered channels", minimum=1)
-        channel_updates: int = option(256, "channels that one step adds to the memory, from all ranks together", minimum=1)
-        channel_samples: int = option(2048, "remembered channels that one step compares with", minimum=1)
+        channel_queue: int = option(10000, "remembered channels", minimum=1, terms=("memory_channel",))
+        channel_updates: int = option(256, "channels that one step adds to the memory, from all ranks together", minimum=1, terms=("memory_channel",))
+        channel_samples: int = option(2048, "remembered channels that one step compares with", minimum=1, terms=("memory_channel",))
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

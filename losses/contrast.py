@@ -48,13 +48,12 @@ def contrast(
 
     Raises: ValueError when the pooled map is smaller than a patch.
     """
+    height, width = generated.shape[-2:]
+    if min(height, width) // max(pool, 1) < patch:
+        smaller = "a smaller " + f"--afdcd-pool than {pool} or " * (pool > 1) + f"--afdcd-patch than {patch}"
+        raise ValueError(f"the map to contrast, {height}x{width} unpooled, has no {patch}x{patch} patch; pass a larger --crop-size or {smaller}")
     if pool:
         generated, teacher = F.max_pool2d(generated, pool), F.max_pool2d(teacher, pool)
-    if min(generated.shape[-2:]) < patch:
-        height, width = generated.shape[-2:]
-        raise ValueError(
-            f"the map to contrast is {height}x{width}, smaller than a {patch}x{patch} patch; pass a larger --crop-size or --afdcd-pool 0"
-        )
     if negatives == "spatial":
         groups = 1
     settings = (patch, groups, tau, negatives, distance)

@@ -33,9 +33,9 @@ class CWD(Method):
     class Options:
         logits_weight: float = term_weight(3.0, "weight of the term on the logits")
         head_weight: float = term_weight(0.0, "weight of the term on the features before the last classifier, 50 in the CIRKD line")
-        logits_temperature: float = option(4.0, "softmax temperature T of the logits", above=0)
-        head_temperature: float = option(4.0, "softmax temperature T of the features", above=0)
-        head_divisor: str = option("student", "the width that the sum over channels is divided by", choices=("student", "teacher"))
+        logits_temperature: float = option(4.0, "softmax temperature T of the logits", above=0, terms=("logits",))
+        head_temperature: float = option(4.0, "softmax temperature T of the features", above=0, terms=("head",))
+        head_divisor: str = option("student", "the width that the sum over channels is divided by", choices=("student", "teacher"), terms=("head",))
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

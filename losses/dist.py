@@ -6,7 +6,6 @@ from torch import Tensor
 
 from losses.base import Method, option, term_weight
 from losses.functional import full_precision, resize_like
-from utils.log import logger
 
 
 class DIST(Method):
@@ -15,7 +14,7 @@ class DIST(Method):
     p = softmax over classes of the logits, without temperature; rho = centred cosine. inter = 1 - mean over pixels of rho across
     the K classes; intra = 1 - mean over classes of rho across all B*N pixels; the loss is beta * inter + gamma * intra. Term
     `logits` has weight 1; term `aux`, on the logits of the auxiliary heads, 0.4. Where student or teacher has no auxiliary head,
-    `aux` is left out, and the log says so.
+    `aux` is left out, and the log says so; `--dist-aux-weight` is refused there.
 
     The published runs train with weight decay 5e-4 and a learning rate that ends at 1e-4; the baselines quoted beside them used
     1e-4 and end at 0.
@@ -36,13 +35,7 @@ class DIST(Method):
         super().__init__(options, setup)
         without = [who for who, channels in (("student", setup.student), ("teacher", setup.teacher)) if "aux" not in channels]
         if self.active("aux") and without:
-            missing = f"{' and '.join(without)} without auxiliary head"
-            del self.weights["aux"]
-            if not self.weights:
-                raise ValueError(
-                    f"{self.name}: {missing}, so no term is left; give --{self.name}-logits-weight a value other than 0, or both an auxiliary head"
-                )
-            logger.info("%s: %s, the term aux is left out", self.name, missing)
+            self.leave_out("aux", f"{' and '.join(without)} without auxiliary head")
         self.needs = tuple(self.weights)
 
     def forward(self, student, teacher, batch):

@@ -34,8 +34,8 @@ class DSD(Method):
     class Options:
         psd_weight: float = term_weight(1000.0, "weight of the pixel-wise similarity")
         csd_weight: float = term_weight(10.0, "weight of the category-wise similarity")
-        level: str = option("c3", "the first level; the others are the last classifier's input and output", choices=("c3", "aux"))
-        temperature: float = option(4.0, "softmax temperature of the class maps", above=0)
+        level: str = option("c3", "the first level; the others are the last classifier's input and output", choices=("c3", "aux"), terms=("psd",))
+        temperature: float = option(4.0, "softmax temperature of the class maps", above=0, terms=("csd",))
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

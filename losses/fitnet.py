@@ -25,7 +25,7 @@ class FitNet(Method):
     class Options:
         kd_weight: float = term_weight(1.0, "weight of plain KD")
         weight: float = term_weight(10.0, "weight of the squared error of the features")
-        feature: str = option("head", "which features are compared", choices=("head", "c4"))
+        feature: str = option("head", "which features are compared", choices=("head", "c4"), terms=("fitnet",))
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

@@ -39,8 +39,12 @@ class FreeKD(Method):
         feature: str = option("c4", "which features are compared", choices=("c4", "head"))
         levels: int = option(3, "how often the low band is split", minimum=1)
         tokens: int = option(8, "number of tokens, hence masks of a band", minimum=2)
-        pretrain: float = option(0.25, "share of the training, at its start, in which the tokens learn", minimum=0, maximum=1)
-        tokens_lr: float = option(1e-3, "learning rate of the Adam that trains the tokens and their classifier", minimum=0)
+        pretrain: float = option(
+            0.25, "share of the training, at its start, in which the tokens learn", minimum=0, maximum=1, terms=("prompt", "diversity")
+        )
+        tokens_lr: float = option(
+            1e-3, "learning rate of the Adam that trains the tokens and their classifier", minimum=0, terms=("prompt", "diversity")
+        )
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

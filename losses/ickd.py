@@ -30,7 +30,7 @@ class ICKD(Method):
     class Options:
         logits_weight: float = term_weight(3.0, "weight of the term on the logits")
         feature_weight: float = term_weight(0.0, "weight of the term on features")
-        feature: str = option("c4", "which features", choices=("c4", "c3", "head"))
+        feature: str = option("c4", "which features", choices=("c4", "c3", "head"), terms=("feature",))
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

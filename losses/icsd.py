@@ -39,7 +39,9 @@ class ICSD(Method):
             0.5, "weight of plain KD, 10 / K (for your own data 10 / 20)", shapes=1.25, camvid=0.909, citys=0.526, voc=0.476, ade20k=0.0667,
             coco_stuff_164k=0.0585, coco_stuff_182=0.0549, coco_stuff_10k=0.0585,
         )  # fmt: skip
-        form: str = option("paper", "divergences over all positions, or what the authors' code computes", choices=("paper", "released"))
+        form: str = option(
+            "paper", "divergences over all positions, or what the authors' code computes", choices=("paper", "released"), terms=("ics",)
+        )
         upsample: bool = option(False, "compare logits that are upsampled to the labels' size")
         temperature: float = option(1.0, "softmax temperature of both terms", above=0)
 

@@ -35,7 +35,7 @@ class IFVD(Method):
         adversarial_weight: float = term_weight(1e-3, "weight of the critic's verdict on the student")
         critic_weight: float = term_weight(0.1, "weight of the critic's own loss; with 0 it keeps its random weights")
         weight: float = term_weight(20.0, "weight of the similarities to class centres")
-        feature: str = option("head", "which features are compared", choices=("head", "c4"))
+        feature: str = option("head", "which features are compared", choices=("head", "c4"), terms=("ifvd",))
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from losses.base import Method, option, term_weight
 from losses.functional import full_precision, label_entropy, labels_like, resize_like
 from losses.tokens import masked_mean, overlap, token_masks
-from utils.log import logger
 
 
 class MasKD(Method):
@@ -40,18 +39,16 @@ class MasKD(Method):
         mask_weight: float = term_weight(1.0, "weight of the masked teacher's cross-entropy, which trains the tokens")
         diversity_weight: float = term_weight(1.0, "weight of the overlap of the masks, which trains the tokens")
         tokens: int = option(8, "number of tokens, hence masks", minimum=2)
-        pretrain: float = option(0.25, "share of the training, at its start, in which the tokens learn", minimum=0, maximum=1)
-        tokens_lr: float = option(1e-3, "learning rate of the Adam that trains the tokens", minimum=0)
+        pretrain: float = option(
+            0.25, "share of the training, at its start, in which the tokens learn", minimum=0, maximum=1, terms=("mask", "diversity")
+        )
+        tokens_lr: float = option(1e-3, "learning rate of the Adam that trains the tokens", minimum=0, terms=("mask", "diversity"))
 
     def __init__(self, options, setup):
         super().__init__(options, setup)
         without = [who for who, channels in (("student", setup.student), ("teacher", setup.teacher)) if "aux" not in channels]
         if self.active("aux") and without:
-            missing = f"{' and '.join(without)} without auxiliary head"
-            del self.weights["aux"]
-            if not self.weights:
-                raise ValueError(f"maskd: {missing}, so no term is left; give --maskd-logits-weight a value other than 0")
-            logger.info("maskd: %s, the term aux is left out", missing)
+            self.leave_out("aux", f"{' and '.join(without)} without auxiliary head")
         self.needs = ("logits", "aux") if self.active("aux") else ("logits",)
         self.learns = self.active("mask") or self.active("diversity")
         tokens = torch.randn(options.tokens, setup.num_classes) / setup.num_classes**0.5

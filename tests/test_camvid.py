@@ -53,7 +53,7 @@ def test_twenty_steps_of_every_method(folder, world):
         steps = [row for row in rows if "loss" in row]
         assert [row["step"] for row in steps] == list(range(1, STEPS + 1)), name
         options = json.loads((folder / f"{name}-{world}" / "args.json").read_text())["options"]["methods"][name]
-        active = {f"{name}/{term}" for term in method.terms() if options[method._weight_field(term)]}
+        active = {f"{name}/{term}" for term in method.terms() if options[method.weight_field(term)]}
         for row in steps:
             terms = {key: value for key, value in row.items() if "/" in key or key in ("loss", "gradient_norm")}
             assert {key for key in terms if key.startswith(f"{name}/")} == active, name

@@ -122,8 +122,13 @@ def test_closer_to_the_teacher_loses_less():
 
 
 def test_a_map_smaller_than_a_patch_is_refused():
-    with pytest.raises(ValueError, match="smaller than a 4x4 patch"):
+    message = "12x12 unpooled, has no 4x4 patch; pass a larger --crop-size or a smaller --afdcd-pool than 4 or --afdcd-patch than 4"
+    with pytest.raises(ValueError, match=message):
         contrast(torch.randn(1, 32, 12, 12), torch.randn(1, 32, 12, 12))
+    with pytest.raises(ValueError, match="has no 13x13 patch; pass a larger --crop-size or a smaller --afdcd-patch than 13"):
+        contrast(torch.randn(1, 32, 12, 12), torch.randn(1, 32, 12, 12), pool=0, patch=13)
+    with pytest.raises(ValueError, match="a smaller --afdcd-pool than 100"):  # larger than the map
+        contrast(torch.randn(1, 32, 12, 12), torch.randn(1, 32, 12, 12), pool=100)
 
 
 @pytest.mark.parametrize("form", ["plain", "auto"])

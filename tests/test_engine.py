@@ -445,6 +445,21 @@ def test_what_a_run_leaves(finished):
     assert best["config"]["dataset"] == "shapes" and set(best) == {"format", "student", "step", "metrics", "config", "environment"}
 
 
+def test_the_log_begins_with_what_was_said_before_the_folder_was_made(tmp_path):
+    """How the teacher was loaded, and what is left out of the loss: the teacher has no auxiliary head."""
+    started = distil(tmp_path, "--method", "dist", "--max-iterations", "1", "--workers", "0", "--save-dir", "run")
+    assert started.wait() == [0], started.text
+    said = (tmp_path / "run" / "log.txt").read_text()
+    loaded = next(line for line in started.text.splitlines() if line.startswith("teacher: ") and "tensors loaded" in line)
+    assert said.count(loaded) == 1 and said.index(loaded) < said.index("\nloss: 1 task/ce + 1 dist/logits\n")
+    assert "\ndist/aux is left out: student and teacher without auxiliary head\n" in said
+    given = distil(tmp_path, "--method", "dist", "--dist-aux-weight", "0.4", "--max-iterations", "1", "--save-dir", "other", console="other.txt")
+    assert given.wait() == [2]
+    assert given.text.splitlines()[-1] == (
+        "error: --dist-aux-weight 0.4: student and teacher without auxiliary head, the term is left out; drop the flag")  # fmt: skip
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_finished_run_is_done(finished):
     before = {p.name: p.read_bytes() for p in (finished / "run").iterdir() if p.name not in ("log.txt", ".lock")}
     again = train(finished, "--max-iterations", "2", "--workers", "0", "--save-dir", "run", "--resume", console="again.txt")

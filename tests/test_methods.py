@@ -98,8 +98,8 @@ def test_every_pixel_ignored(name):
 @pytest.mark.parametrize("name,term", [(name, term) for name, method in METHODS.items() for term in method.terms() if len(method.terms()) > 1])
 def test_single_terms(name, term):
     """With every other weight 0 the term is returned alone, and nothing that it does not need is built."""
-    zero = {METHODS[name]._weight_field(other): 0.0 for other in METHODS[name].terms() if other != term}
-    one = {METHODS[name]._weight_field(term): 1.0}
+    zero = {METHODS[name].weight_field(other): 0.0 for other in METHODS[name].terms() if other != term}
+    one = {METHODS[name].weight_field(term): 1.0}
     method = make(name, CHANNELS, WIDE, 2, (16, 16), **zero, **one)
     student = tensors(CHANNELS, 2, (16, 16), method.needs, 1, requires_grad=True)
     terms, total = run(method, student, tensors(WIDE, 2, (16, 16), method.needs, 2), labels(2, (16, 16)))
@@ -208,9 +208,52 @@ def test_documented(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_all_weights_zero_is_refused(name):
-    zero = {METHODS[name]._weight_field(term): 0.0 for term in METHODS[name].terms()}
+    zero = {METHODS[name].weight_field(term): 0.0 for term in METHODS[name].terms()}
     with pytest.raises(ValueError, match="every weight"):
         make(name, CHANNELS, WIDE, 2, (16, 16), **zero)
+
+
+CONDITIONAL = [(name, field.name) for name, method in METHODS.items() for field in dataclasses.fields(method.Options)
+               if field.metadata["terms"] or field.metadata["only"]]  # fmt: skip
+
+
+def another(field, value):
+    """A legal value that is not this one."""
+    if field.metadata["choices"]:
+        return next(choice for choice in field.metadata["choices"] if choice != value)
+    return not value if isinstance(value, bool) else value * 2 if isinstance(value, int) else value / 2
+
+
+@pytest.mark.parametrize("name,option", CONDITIONAL)
+def test_options_that_nothing_reads(name, option):
+    """What an option says of the terms and of the other option's value that it is read with is true, and elsewhere it is refused."""
+    cls = METHODS[name]
+    field = next(field for field in dataclasses.fields(cls.Options) if field.name == option)
+    terms, only = field.metadata["terms"], field.metadata["only"]
+    assert set(terms) <= set(cls.terms())
+    situations = [{cls.weight_field(term): 0.0 for term in terms}] if terms else []
+    if only:
+        choices = next(other.metadata["choices"] for other in dataclasses.fields(cls.Options) if other.name == only[0])
+        assert only[1] in choices
+        situations += [{only[0]: choice} for choice in choices if choice != only[1]]
+    for situation in situations:
+        default = resolve(cls, "shapes", situation)[0]
+        changed = dataclasses.replace(default, **{option: another(field, getattr(default, option))})
+        with pytest.raises(ValueError, match=re.escape(f"--{name}-{option} ".replace("_", "-"))):
+            resolve(cls, "shapes", situation | {option: getattr(changed, option)})
+        if not any(getattr(default, cls.weight_field(term)) for term in cls.terms()):
+            continue
+        found = []
+        for options in (default, changed):
+            torch.manual_seed(0)
+            method = cls(options, Setup(CHANNELS, WIDE, CLASSES, (128, 128), 2))
+            student = tensors(CHANNELS, 2, (16, 16), method.needs, 1, requires_grad=True)
+            values, total = run(method, student, tensors(WIDE, 2, (16, 16), method.needs, 2), labels(2, (16, 16)))
+            total.backward()
+            found.append((method.needs, values, [x.grad for x in student.values()]))
+        (needs, values, gradients), (other_needs, other_values, other_gradients) = found
+        assert needs == other_needs and values == other_values
+        assert all(a is b or torch.equal(a, b) for a, b in zip(gradients, other_gradients, strict=True))
 
 
 def test_plain_kd_counts_once():

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections import deque
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,6 +35,17 @@ class _Console(logging.Handler):
             pass
 
 
+class _Early(logging.Handler):
+    """Keeps what is said before there is a log file."""
+
+    def __init__(self):
+        super().__init__()
+        self.records = deque(maxlen=1000)
+
+    def emit(self, record):
+        self.records.append(record)
+
+
 class _LogFile(logging.FileHandler):
     """A log file that a full disk ends instead of the training."""
 
@@ -43,8 +55,10 @@ class _LogFile(logging.FileHandler):
 
 
 def setup(folder: Path | None = None) -> logging.Logger:
-    """Log to the console, and with more detail to `folder`/log.txt when given; ranks other than 0 log warnings alone, to the console."""
+    """Log to the console, and with more detail to `folder`/log.txt when given, from the first line on that was logged since the last setup;
+    ranks other than 0 log warnings alone, to the console."""
     escape_names()
+    early = next((handler for handler in logger.handlers if isinstance(handler, _Early)), _Early())
     for handler in [*logger.handlers]:
         logger.removeHandler(handler)
         handler.close()
@@ -59,7 +73,11 @@ def setup(folder: Path | None = None) -> logging.Logger:
     if main and folder is not None:
         file = _LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(_Formatter("%(asctime)s %(levelname).1s %(message)s"))
+        for record in early.records:
+            file.handle(record)
         logger.addHandler(file)
+    elif main:
+        logger.addHandler(early)
     return logger
 
 

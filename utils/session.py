@@ -28,7 +28,7 @@ from utils.engine import AMP, NonFiniteError, Training, fit, memory_format
 from utils.log import logger
 from utils.metrics import Inference, Stopped, evaluate
 from utils.optim import build_optimizers
-from utils.options import Options, config_of, option_table
+from utils.options import Options, config_of, method_flag, option_table
 from utils.run import Run, StopSignal, write_text
 
 
@@ -99,6 +99,7 @@ def train(options: Options, device: torch.device) -> int | None:
     )  # fmt: skip
     methods = build_methods(options.methods, setup)
     check_needs(methods, student, teacher_model)
+    check_terms(methods, options)
     weights = {"aux": options.aux_weight, "aux2": options.aux_weight, "detail": options.detail_weight}
     task = TaskLoss(*(weight if name in student.channels else 0.0 for name, weight in weights.items()), options.task_loss)
     if options.label_assisted:
@@ -169,6 +170,11 @@ def build_student(options: Options):
         detail=None if options.detail_weight else False, head_after_dropout=options.student_head_after_dropout,
         in_channels=4 if options.label_assisted else 3,
     )  # fmt: skip
+    if options.aux_weight and options.sources["aux_weight"] == "command line" and not {"aux", "aux2"} & student.channels.keys():
+        raise ValueError(f"--aux-weight {options.aux_weight:g}: {options.student_model} has no auxiliary head; "
+                         "ask for one with --aux (train_kd.py: --student-aux), or drop the flag")  # fmt: skip
+    if options.student_head_after_dropout and not isinstance(student.head.dropout, torch.nn.Dropout):
+        raise ValueError(f"--student-head-after-dropout: {options.student_model} has no dropout in front of its classifier; drop the flag")
     if options.detail_weight and options.sources["detail_weight"] == "command line" and "detail" not in student.channels:
         raise ValueError(f"--detail-weight {options.detail_weight:g}: {options.student_model} has no detail head; drop the flag")
     dropout = lad.DROPOUT if options.student_dropout is None and options.label_assisted else options.student_dropout
@@ -268,6 +274,15 @@ def check_needs(methods: dict, student, teacher) -> None:
                 raise ValueError(f"--method {name} reads {', '.join(lacking)} of the {who}, which has none; {remedy}")
 
 
+def check_terms(methods: dict, options: Options) -> None:
+    """ValueError where a weight was given to a term that is left out."""
+    for name, method in methods.items():
+        for term, why in method.left_out.items():
+            field = method.weight_field(term)
+            if options.sources[f"{name}.{field}"] == "command line":
+                raise ValueError(f"{method_flag(name, field)} {getattr(method.options, field):g}: {why}, the term is left out; drop the flag")
+
+
 def check_classes(model, path: str, spec: Spec, *, who: str = "checkpoint", remedy: str = "pass --dataset, or --data, of its training") -> None:
     """ValueError where the model of a checkpoint has other classes than the data set: another number, or, if the file names them, others."""
     if model.num_classes != spec.num_classes:
@@ -361,6 +376,7 @@ def describe(distiller: Distiller, teacher, sizes: dict, options: Options, devic
         lines.append(line("teacher", teacher, sizes["teacher_macs"]))
     extra = sizes["extra_parameters"]
     lines.append("loss: " + " + ".join(f"{value:g} {name}" for name, value in distiller.term_factors(0.0).items()))
+    lines += [f"{name}/{term} is left out: {why}" for name, method in distiller.methods.items() for term, why in method.left_out.items()]
     if extra:
         lines.append(f"the methods add {extra / 1e6:.2f} M parameters during training")
     world = distributed.world()

@@ -5,6 +5,7 @@ TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 overrides a default, not an argument). Every 
 """
 
 import functools
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,8 +49,8 @@ class Difference(NamedTuple):
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The state dict in a file, on the CPU, and what else is known: `{"format": str, "config": the run's or None}`.
 
-    Understands a bare state dict, {"state_dict": ..., ...} and this project's checkpoints (their student); a `module.` prefix is
-    stripped. Key names are otherwise the file's.
+    Understands a bare state dict, {"state_dict": ..., ...}, this project's checkpoints (their student) and NAME.safetensors; a `module.`
+    prefix is stripped. Key names are otherwise the file's.
 
     Raises:
         ValueError: one line with file, reason and remedy: no such file, damaged (this project's files carry a checksum), holds
@@ -58,15 +59,14 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give the path of a checkpoint file")
-    checkpoint.check_unpacked(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise almost anything, from EOFError to UnicodeDecodeError
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{path}: not loaded ({type(error).__name__}: {reason}); it is damaged, or holds more than tensors and plain values, "
-            f"which could run code; fetch it again, or take out its weights with python -m scripts.convert_checkpoint"
-        ) from error
+    if path.suffix == ".safetensors":
+        content = read_safetensors(path)
+    else:
+        checkpoint.check_unpacked(path)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files raise almost anything, from EOFError to UnicodeDecodeError
+            raise ValueError(f"{path}: not loaded: {why_unreadable(error)}") from error
     checkpoint.check_values(path, content)
 
     info = {"format": "state_dict", "config": None}
@@ -89,6 +89,34 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if all(key.startswith("module.") for key in state):  # saved from within DataParallel or DDP
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return dict(state), info
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of the package safetensors. ValueError where that is not installed, or the file is damaged."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(f"{path}: needs the package safetensors: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not loaded ({printable(str(error))}); it is damaged, fetch it again") from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """What an error of `torch.load` means, and what to do; its own text advises to let the file run code."""
+    text = str(error)
+    if "TorchScript" in text:
+        return "it is a file of TorchScript, which holds code; give the checkpoint that it was exported from"
+    foreign = re.search(r"GLOBAL ([\w.]+)", text)
+    if foreign:
+        return (f"it holds more than tensors and plain values, which could run code ({foreign[1]}); take out its weights with "
+                "python -m scripts.convert_checkpoint")  # fmt: skip
+    line = (text.splitlines() or [""])[0]
+    detail = type(error).__name__ + (f": {printable(line)}" if line and "weights_only" not in line else "")
+    return (f"it is damaged, or no checkpoint of torch ({detail}); fetch it again, or try python -m scripts.convert_checkpoint, "
+            "which reads old files too")  # fmt: skip
 
 
 def printable(name: str) -> str:

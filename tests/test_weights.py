@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 import urllib.error
 import zlib
 from pathlib import Path
@@ -226,7 +227,7 @@ def test_no_file_runs_code(wrap, writer, tmp_path, monkeypatch):
         torch.save(wrap(Malicious(marker)), path)
     else:
         path.write_bytes(pickle.dumps(wrap(Malicious(marker)), protocol=2))
-    with pytest.raises(ValueError, match="gift.pth: not loaded .* could run code") as error:
+    with pytest.raises(ValueError, match="gift.pth: not loaded: .* could run code .*; take out its weights") as error:
         read_state(path)
     one_line(error)
     assert not marker.exists()
@@ -237,12 +238,48 @@ def test_unreadable_files(tmp_path):
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path = tmp_path / "cut.pth"
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="cut.pth: (not loaded|cannot be read) .* damaged") as error:
+        with pytest.raises(ValueError, match="cut.pth: (not loaded|cannot be read).* damaged") as error:
             read_state(path)
         one_line(error)
     for path, message in [(tmp_path / "none.pth", "no such file"), (tmp_path, "a folder")]:
         with pytest.raises(ValueError, match=message):
             read_state(path)
+
+
+def test_safetensors(tmp_path, monkeypatch):
+    save_file = pytest.importorskip("safetensors.torch", reason="pip install safetensors").save_file
+    state = recorded_state("afdcd/pspnet_resnet18")
+    save_file({f"module.{key}": value for key, value in state.items()}, path := tmp_path / "weights.safetensors")
+    found, info = read_state(path)
+    assert found.keys() == state.keys() and all(torch.equal(found[key], value) for key, value in state.items())
+    assert info == {"format": "state_dict", "config": None} and model_from_checkpoint(path)[0].config["backbone"] == "resnet18"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="weights.safetensors: not loaded .*; it is damaged, fetch it again"):
+        read_state(path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match="weights.safetensors: needs the package safetensors: pip install safetensors"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("content,said", [
+    (b"<!DOCTYPE html><html>" * 50, "it is damaged, or no checkpoint of torch (UnpicklingError); fetch it again"),
+    (b"PK\x03\x04" + bytes(400), "it is damaged, fetch it again"),
+    (b"", "it is damaged, or no checkpoint of torch (EOFError); fetch it again"),
+    (pickle.dumps({"date": Path("x")}, protocol=2), "it holds more than tensors and plain values, which could run code (pathlib."),
+], ids=["a page", "cut", "empty", "objects"])  # fmt: skip
+def test_no_advice_to_run_a_files_code(content, said, tmp_path):
+    """torch's own text ends in how to switch the protection off."""
+    (tmp_path / "given.pth").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read_state(tmp_path / "given.pth")
+    assert said in str(error.value) and "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_a_torchscript_file_is_called_so(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "student.pt")
+    with pytest.raises(ValueError, match="student.pt: not loaded: it is a file of TorchScript, which holds code; give the checkpoint"):
+        read_state(tmp_path / "student.pt")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from models.weights import model_from_checkpoint
 from utils import distributed
 from utils.distill import is_label_assisted
 from utils.engine import AMP, memory_format
+from utils.files import read_json
 from utils.log import logger
 from utils.metrics import Inference, Timed, evaluate
 from utils.options import eval_options, option_table
@@ -47,6 +48,7 @@ def main(options, device) -> None:
     inference = Inference(options.mode, options.window, options.stride, tuple(options.scales), options.flip)
     output = Path(options.output or Path(options.checkpoint).parent / "eval" / Path(options.checkpoint).stem / split)
     if distributed.is_main():
+        check_output(output, options)
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
@@ -74,6 +76,20 @@ def main(options, device) -> None:
         }  # fmt: skip
         write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
     logger.info("%s", output / "report.json")
+
+
+def check_output(folder: Path, options) -> None:
+    """ValueError where the folder holds the report of an evaluation whose figures are others'; the same one may be repeated."""
+    path = folder / "report.json"
+    if not path.exists():
+        return
+    old, new = read_json(path).get("options", {}), json.loads(json.dumps(options.plain()))
+    for options in (old, new):
+        options["checkpoint"] = str(Path(options.get("checkpoint", "")).resolve())
+    for name in ("checkpoint", "mode", "window", "stride", "scales", "flip", "limit", "amp", "normalization"):
+        if old.get(name) != new[name]:
+            ours, theirs = (" ".join(map(str, value)) if isinstance(value, list) else value for value in (new[name], old.get(name)))
+            raise ValueError(f"{path} is of another evaluation: --{name} is {ours}, was {theirs}; give another --output, or remove that folder")
 
 
 class Pictures:

@@ -163,10 +163,11 @@ def test_ranks_and_workers_do_not_change_the_report(folder):
 
 def test_modes(folder):
     whole = run(folder)
-    assert run(folder, "--mode", "slide", "--window", "64")["matrix"] == whole["matrix"], "a window as large as the picture is the picture"
-    assert run(folder, "--mode", "slide", "--window", "24", "32")["matrix"] != whole["matrix"]
-    assert run(folder, "--flip", "--scales", "0.75", "1.25")["matrix"] != whole["matrix"]
-    limited = run(folder, "--limit", "2")
+    slide = ("--mode", "slide", "--window")
+    assert run(folder, *slide, "64", output="slide")["matrix"] == whole["matrix"], "a window as large as the picture is the picture"
+    assert run(folder, *slide, "24", "32", output="small")["matrix"] != whole["matrix"]
+    assert run(folder, "--flip", "--scales", "0.75", "1.25", output="scales")["matrix"] != whole["matrix"]
+    limited = run(folder, "--limit", "2", output="limited")
     assert limited["images"] == 2 and np.array(limited["matrix"]).sum() < np.array(whole["matrix"]).sum()
 
 
@@ -183,10 +184,21 @@ def test_evaluating_twice_gives_the_same_pixels_as_inference_by_hand(folder):
     assert report["matrix"] == matrix.tolist()
 
 
+def test_another_evaluation_does_not_replace_a_report(folder):
+    """The same one may be repeated, from elsewhere too, and on other hardware; it may write more pictures."""
+    first = run(folder, "--scales", "0.75", "1", output="kept")
+    assert run(folder, "--scales", "0.75", "1", "--workers", "1", "--save-overlays", "1", output="kept")["matrix"] == first["matrix"]
+    before = (folder / "kept" / "report.json").read_bytes()
+    for arguments, message in (((), "--scales is 1.0, was 0.75 1.0;"), (("--scales", "0.75", "1", "--flip"), "--flip is True, was False;")):
+        with pytest.raises(AssertionError, match=f"kept/report.json is of another evaluation: {message} give another --output"):
+            run(folder, *arguments, output="kept")
+    assert (folder / "kept" / "report.json").read_bytes() == before
+
+
 REFUSED = {
     "no checkpoint": (["--checkpoint", "gone.pth"], "gone.pth: no such file; give the path of a checkpoint file"),
     "damaged": (["--checkpoint", "damaged.pth"], "damaged.pth: "),
-    "classes": (["--dataset", "shapes"], "checkpoint student.pth has 11 classes, shapes has 8; pass --dataset"),
+    "classes": (["--dataset", "citys"], "checkpoint student.pth has 11 classes, citys has 19; pass --dataset"),
     "split": (["--split", "tset"], "camvid has no split 'tset'; possible: train, val, test"),
     "data": (["--data", "nowhere"], "nowhere: folder is missing, --data is the folder that holds CamVid"),
     "window": (["--window", "16", "24"], "--window 16 24: belongs to --mode slide, --mode is whole; add it, or drop the flag"),

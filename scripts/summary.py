@@ -26,30 +26,38 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
     """(tables in Markdown, sheet as a PIL image) of the runs {title: folder}.
 
     Raises:
-        ValueError: a run is not finished, or the runs are of different data sets.
+        ValueError: a run is not finished, or the runs are of different data sets or report on different pictures.
     """
-    reports, names = {}, set()
+    reports, places, names = {}, {}, set()
     for title, folder in runs.items():
         path = folder / "report.json"
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; give the folder of a finished run")
         if not path.is_file():
             raise ValueError(f"{folder}: no report.json; the training is not finished: resume it with --resume")
         reports[title], arguments = read_json(path), read_json(folder / "args.json")
         if not isinstance(reports[title], dict) or "classes" not in reports[title] or not isinstance(arguments, dict) or "options" not in arguments:
             raise ValueError(f"{folder}: its report.json or args.json is of no training; give the folder of a finished run")
-        names.add(arguments["options"]["dataset"])
+        used = arguments["options"]
+        names.add(used["dataset"])
+        places[title] = (reports[title]["split"], used.get("holdout", 0.0))
     if len(names) > 1:
         raise ValueError(f"the runs are of different data sets: {', '.join(sorted(names))}; compare runs of one")
+    (split, holdout), *others = dict.fromkeys(places.values())
+    if others:
+        shown = ", ".join(f"{title} on {name}" + (f" (a share of {share:g})" if share else "") for title, (name, share) in places.items())
+        raise ValueError(f"the runs report on different pictures: {shown}; compare runs that report on the same")
     spec = get_spec(names.pop(), data)
     for title, report in reports.items():
         if report["classes"] != list(spec.classes):
             raise ValueError(f"run {title!r} was trained on other classes than {spec.name} has; give the --data that it was trained on")
-    split = next(iter(reports.values()))["split"]
-    pictures = build_dataset(spec, data, split)
-    chosen = np.linspace(0, len(pictures) - 1, rows).round().astype(int)  # evenly spaced, not picked for their looks
+    pictures = build_dataset(spec.hold_out(holdout) if holdout else spec, data, split)
+    chosen = np.linspace(0, len(pictures) - 1, min(rows, len(pictures))).round().astype(int)  # evenly spaced, not picked for their looks
     samples = [pictures[int(index)] for index in chosen]
     palette = spec.palette()
     columns = {"input": [s.image for s in samples], "label": [overlay(s.image, s.target, palette) for s in samples]}
-    selected = next(iter(reports.values()))["selected_on"]
+    selections = {report["selected_on"] for report in reports.values()}
+    selected = selections.pop() if len(selections) == 1 else "of the selection"
     lines = [f"| run | mIoU {selected} | mIoU {split} | last, {split} | parameters | GMAC | ms per picture | minutes of training |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for title, folder in runs.items():
@@ -65,9 +73,10 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
         height, width = samples[0].target.shape
         cost = f"{count_parameters(model) / 1e6:.2f} M | {count_macs(model, height, width) / 1e9:.2f} | {timed.median_ms:.1f}"
         report = reports[title]
-        scores = f"{report['selection_miou']:.2f} | {report['best']['miou']:.2f} | {report['last']['miou']:.2f}"
+        where = f" ({report['selected_on']})" if selections else ""
+        scores = f"{report['selection_miou']:.2f}{where} | {report['best']['miou']:.2f} | {report['last']['miou']:.2f}"
         lines.append(f"| {title} | {scores} | {cost} | {report['seconds'] / 60:.1f} |")
-    lines += ["", f"IoU per class on {split}, of the best on {selected}:", ""]
+    lines += ["", f"IoU per class on {split}, of the best on {'its selection' if selections else selected}:", ""]
     lines += [f"| class | {' | '.join(reports)} |", "|---" * (1 + len(reports)) + "|"]
     for number, name in enumerate(spec.classes):
         values = [report["best"]["iou"][number] for report in reports.values()]
@@ -83,11 +92,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=5, help="pictures on the sheet (default: 5)")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of summary.md and summary.png (default: here)")
     options = parser.parse_args()
+    if options.rows < 1:
+        parser.error(f"--rows {options.rows}: must be at least 1")
     runs = {}
     for text in options.runs:
         title, equals, folder = text.partition("=")
         if not equals:
             parser.error(f"{text!r}: give TITLE=FOLDER")
+        if title in (*runs, "input", "label"):
+            parser.error(f"{text!r}: {title!r} is the title of another column; give every run its own")
         runs[title] = Path(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -271,7 +271,7 @@ ALIASES = {"cityscapes": "citys", "coco_stuff": "coco_stuff_164k"}
 def get_spec(name: str, root: str | Path | None = None) -> Spec:
     """The data set called `name` (or an alias), with what its folder `root` adds to the table (`Spec.complete`).
 
-    ValueError says what is possible and what was probably meant.
+    ValueError says what is possible and what was probably meant, or that the data set, which is drawn, has no folder.
     """
     key = name.lower().replace("-", "_")
     key = ALIASES.get(key, key)
@@ -279,4 +279,6 @@ def get_spec(name: str, root: str | Path | None = None) -> Spec:
         near = difflib.get_close_matches(key, [*SPECS, *ALIASES], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"unknown data set {name!r}, possible: {', '.join(SPECS)}{hint}")
+    if root is not None and not SPECS[key].source:
+        raise ValueError(f"--data {root}: {key} has no files; say which data set the folder holds")
     return SPECS[key].complete(root)

@@ -8,7 +8,8 @@ training, a method's flags to the arms with that method. The same command goes o
 seeds. Writes report.md, report.html, results.csv and results.json to --output; runs are in its folder runs, trials in tuning.
 
 An arm is METHOD[+METHOD ...][:flag=value,...]; `none` is the student alone:  kd+cwd   cwd:cwd-logits-weight=5   none:lr=0.001
-`seed-offset=100` gives an arm other seeds than the rest.
+`seed-offset=100` gives an arm other seeds than the rest. A teacher that a function of yours builds is compared with, too:
+--teacher-checkpoint FILE before --, --teacher-model PACKAGE.MODULE:FUNCTION and --teacher-layers after it.
 
 With --tune every arm, the student alone too, first gets --trials trainings with settings around its recipe's, scored on training
 pictures that are held out; the arm's best settings are those of its final trainings.
@@ -55,6 +56,7 @@ TUNING_SEED = 1000  # of the trials: none of the final runs' own
 TUNING_SHARE = 0.2  # of the training pictures, held out for the trials
 SELECT_SHARE = 0.05  # of the training pictures, held out for the best checkpoint of a data set that has no split for it
 METHOD_FLAGS = {method_flag(name, field.name): name for name, method in METHODS.items() for field in dataclasses.fields(method.Options)}
+TUNING = {"trials": 12, "search": "random", "tune_budget": None}  # defaults of the options that belong to --tune
 ARMS = ["none", "kd", "cwd", "cirkd", "afdcd"]
 TEACHER = "runs/{}/deeplabv3-resnet18/student_best.pth"  # what scripts/train_baseline.sh trains by default
 OWNED = (  # what a comparison sets itself, the same for all arms
@@ -208,6 +210,7 @@ def keep(plan: Plan, folder: Path) -> Plan:
 # ------------------------------------------------------------------------------------------------------------------------ jobs
 
 
+OWN_ERROR = re.compile(r"(\[rank \d+\] |train_\w+\.py: )?error: ")  # as utils.session and utils.options write it
 START = "---- a training starts here\n"  # in a console log, before each attempt
 
 
@@ -240,7 +243,10 @@ class Job:
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         lines = text.rpartition(START)[2].strip().splitlines()
         nothing = "wrote nothing" if text else "never started"
-        return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else nothing)
+        ours = [line for line in lines if OWN_ERROR.match(line)]
+        first = [line for line in ours if "another rank stopped" not in line]  # under torchrun, whose own report of the failure comes last
+        others = [line for line in lines if "error" in line.lower()]
+        return next((found[-1] for found in (first, ours, others, lines) if found), nothing)
 
 
 def job(plan: Plan, arm: Arm, seed: int, folder: Path, budget: Budget, extra: dict[str, str] | None = None) -> Job:
@@ -329,7 +335,7 @@ def run_jobs(jobs: list[Job], slots: int, processes: int, stop: StopSignal) -> l
                     why = "SIGKILL; of a lack of memory if nobody sent it" if killed else f"signal {-process.returncode}"
                     with open(candidate.log, "a", encoding="utf-8") as log:
                         log.write(f"\nerror: ended by {why}\n")  # it may have been killed in the middle of a line
-                print(f"{candidate.name}: failed: {candidate.failure()}", flush=True)
+                print(f"{candidate.name}: failed: {candidate.failure()}; its output: {candidate.log}", flush=True)
         time.sleep(0.1)
     return failed
 
@@ -388,7 +394,7 @@ def settings(plan: Plan, arm: Arm, factors: dict[str, float]) -> dict[str, str]:
         if name == "weight":
             for method in arm.methods:
                 for term in METHODS[method].terms():
-                    attribute = METHODS[method]._weight_field(term)
+                    attribute = METHODS[method].weight_field(term)
                     if value := getattr(options.methods[method], attribute):
                         flags[method_flag(method, attribute).removeprefix("--")] = f"{value * factor:.4g}"
         else:
@@ -444,12 +450,17 @@ def final_jobs(plan: Plan, folder: Path, tuned: dict[str, dict[str, str]]) -> li
 
 
 def evaluate_teacher(plan: Plan, folder: Path) -> dict | None:
-    """The teacher's report by eval.py, which scores as the trainings do.
+    """The teacher's report by eval.py, which scores as the trainings do; None where there is no teacher, or a foreign one, which eval.py
+    does not build.
 
     Raises:
         ValueError: eval.py's line of refusal.
     """
     if plan.teacher is None:
+        return None
+    foreign = [value for flag, *values in grouped(plan.flags) for value in values if flag == "--teacher-model" and ":" in value]
+    if foreign:
+        print(f"the teacher is not scored: {foreign[-1]} builds it, and eval.py scores networks of this project", flush=True)
         return None
     path = folder / "teacher" / "report.json"
     if not path.exists():
@@ -523,8 +534,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--budget", default="iterations:4000", help="iterations:N, minutes:M or gpu-seconds:S of every training (default: iterations:4000)")
     add("--output", type=Path, help="folder of the comparison (default: runs/DATASET/compare)")
     add("--tune", nargs="+", choices=list(RANGES), default=[], help="what to tune, for the baseline and every method alike")
-    add("--trials", type=int, default=12, metavar="N", help="trials of every arm, the first with the recipe's own values (default: 12)")
-    add("--search", choices=("random", "halving"), default="random", help="all trials in full, or successive halving (default: random)")
+    add("--trials", type=int, metavar="N", help="trials of every arm, the first with the recipe's own values (default: 12)")
+    add("--search", choices=("random", "halving"), help="all trials in full, or successive halving (default: random)")
     add("--tune-budget", help="budget of a trial (default: that of the final trainings)")
     add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default: 1)")
     add("--gpus-per-job", type=int, default=1, metavar="N", help="processes of one training, under torchrun when several (default: 1)")
@@ -540,7 +551,15 @@ def plan_of(options, flags: list[str]) -> Plan:
     Raises:
         ValueError: see `parse_arm`, `Budget.parse`; or something is missing or impossible.
     """
-    arms = tuple(map(parse_arm, dict.fromkeys(options.methods)))
+    arms = tuple(map(parse_arm, options.methods))
+    for name, values in (("methods", options.methods), ("seeds", options.seeds)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} {' '.join(map(str, values))}: names one twice")
+    given = [name for name in TUNING if getattr(options, name) is not None]
+    if given and not options.tune:
+        name = given[0]
+        raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: belongs to --tune; add it, or drop the flag")
+    tuning = {name: default if getattr(options, name) is None else getattr(options, name) for name, default in TUNING.items()}
     teacher = None
     if any(arm.methods for arm in arms):
         path = Path(options.teacher_checkpoint or TEACHER.format(options.dataset))
@@ -549,9 +568,9 @@ def plan_of(options, flags: list[str]) -> Plan:
         if not path.is_file():
             raise ValueError(f"--teacher-checkpoint {path}: no such file; give the path of a checkpoint")
         teacher = {"path": str(path.resolve()), "sha256": checkpoint.fingerprint(path)}
-    for name in ("jobs", "gpus_per_job", "trials"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    for name, value in (("jobs", options.jobs), ("gpus_per_job", options.gpus_per_job), ("trials", tuning["trials"])):
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     gpus = torch.cuda.device_count()
     if options.launcher == "local" and gpus and options.jobs * options.gpus_per_job > gpus:
         raise ValueError(f"--jobs {options.jobs} of {options.gpus_per_job} GPUs each: {gpus} are visible")
@@ -568,9 +587,9 @@ def plan_of(options, flags: list[str]) -> Plan:
     if spec.select_split == spec.report_split and "--select-holdout" not in (flag for flag, *_ in grouped(flags)):
         flags = [*flags, "--select-holdout", str(SELECT_SHARE)]
     return Plan(
-        options.dataset, str(Path(options.data).resolve()) if options.data else None, teacher, arms, tuple(dict.fromkeys(options.seeds)), budget,
-        tuple(flags), options.gpus_per_job, tuple(options.tune), options.trials if options.tune else 0, options.search,
-        Budget.parse(options.tune_budget) if options.tune_budget else budget,
+        options.dataset, str(Path(options.data).resolve()) if options.data else None, teacher, arms, tuple(options.seeds), budget,
+        tuple(flags), options.gpus_per_job, tuple(options.tune), tuning["trials"] if options.tune else 0, tuning["search"],
+        Budget.parse(tuning["tune_budget"]) if tuning["tune_budget"] else budget,
     )  # fmt: skip
 
 

@@ -126,6 +126,12 @@ def test_every_command_is_checked_before_anything_starts(arm, flags, message):
         (["--methods", "none", "--jobs", "0"], [], "--jobs 0: must be at least 1"),
         (["--methods", "none", "--seeds", "0", "-1"], [], "--seeds -1: must be at least 0"),
         (["--methods", "none", "--budget", "epochs:3"], [], "budget 'epochs:3'"),
+        (["--methods", "none", "--seeds", "0", "1", "0"], [], "--seeds 0 1 0: names one twice"),
+        (["--methods", "none", "none"], [], "--methods none none: names one twice"),
+        (["--methods", "none", "--trials", "3"], [], "--trials 3: belongs to --tune; add it, or drop the flag"),
+        (["--methods", "none", "--tune-budget", "iterations:3"], [], "--tune-budget iterations:3: belongs to --tune"),
+        (["--methods", "none", "--search", "random"], [], "--search random: belongs to --tune"),
+        (["--methods", "none", "--tune", "lr", "--trials", "0"], [], "--trials 0: must be at least 1"),
         (["--methods", "none", "--tune", "lr", "--launcher", "slurm"], [], "--launcher slurm: --tune chooses later trainings by earlier ones"),
     ],
 )
@@ -381,6 +387,21 @@ def test_a_failure_is_shown_and_stops_nothing_else(fake, capfd):
     assert [(candidate.folder / "starts").read_text().count("start") for candidate in jobs] == [1, 2, 1, 1]
 
 
+def test_the_failure_of_several_processes_is_the_first_ones(tmp_path):
+    """torchrun's own report comes last, and the other ranks say that one has gone."""
+    failed = Job("a", tmp_path / "a", ())
+    torchrun = "  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html\n====\n"
+    lost = "[rank 1] error: another rank stopped or hangs; its own message says why (Connection reset)\n"
+    for text, why in (
+        (f"step 1\nerror: no data\n{lost}{torchrun}", "error: no data"), (f"{lost}[rank 2] error: no room\n{torchrun}", "[rank 2] error: no room"),
+        (lost + torchrun, lost.strip()), (f"RuntimeError: odd\n{'x' * 9}\n", "RuntimeError: odd"),
+        ("train_kd.py: error: no\n", "train_kd.py: error: no"),
+        ("done\nbye\n", "bye"), ("", "wrote nothing"),
+    ):  # fmt: skip
+        failed.log.write_text(compare.START + text)
+        assert failed.failure() == why
+
+
 def test_a_killed_training_is_said_to_be_killed(fake, capfd):
     """Also where an attempt before it has written an error, which is not the reason any more."""
     killed = fake("a", "fail")
@@ -585,6 +606,20 @@ def figures(folder: Path) -> dict:
         del arm["seconds"], arm["seconds_per_step"], arm["peak_memory"]
     del content["command"], content["date"], content["environments"], content["teacher"]["path"]
     return content
+
+
+def test_a_teacher_that_is_built_elsewhere(tmp_path, monkeypatch):
+    """It teaches every arm; what is not known of it, its score, is left out."""
+    source = "from models import build_model\n\ndef build():\n    return build_model('pspnet', 'mobilenetv2', 8, head_width=8)\n"
+    (tmp_path / "somebodys.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)  # forked trainings have this process's path
+    flags = [*SMALL, "--teacher-model", "somebodys:build", "--teacher-layers", "head=head.fuse", "logits=head.classifier"]
+    started = begin(tmp_path, "--methods", "none", "kd", "sp", "--seeds", "0", "--budget", "iterations:1", flags=flags)
+    assert started.wait() == [0], started.text
+    assert "the teacher is not scored: somebodys:build builds it, and eval.py scores networks of this project" in started.text
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["done"] for run in content["runs"]] == [True] * 3 and content["teacher"].keys() == {"path", "sha256"}
+    assert "| teacher |" not in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("budget", "arms", "seeds"), [("iterations:2", compare.ARMS, "012"), ("minutes:0.002", ["none", "cwd"], "0")])

@@ -197,3 +197,13 @@ def test_detail_weight_of_models_without_a_detail_head():
     with pytest.raises(ValueError, match="^--detail-weight 2: pspnet has no detail head; drop the flag$"):
         student_of("--model", "pspnet", "--backbone", "mobilenetv2", "--detail-weight", "2")
     assert set(student_of("--model", "stdc", "--backbone", "stdc1", "--aux-weight", "0").auxiliary) == {"detail"}
+
+
+def test_options_of_parts_that_a_model_does_not_have():
+    assert "aux" in student_of("--backbone", "resnet18", "--aux-weight", "0.2").channels
+    assert "aux" in student_of("--backbone", "mobilenetv2", "--aux", "--aux-weight", "0.2").channels
+    with pytest.raises(ValueError, match="^--aux-weight 0.2: deeplabv3 has no auxiliary head; ask for one with --aux"):
+        student_of("--backbone", "mobilenetv2", "--aux-weight", "0.2")
+    assert student_of("--head-after-dropout").head.head_after_dropout
+    with pytest.raises(ValueError, match="^--student-head-after-dropout: lraspp has no dropout in front of its classifier; drop the flag$"):
+        student_of("--model", "lraspp", "--backbone", "mobilenetv3_large", "--head-after-dropout")

@@ -82,6 +82,10 @@ def another_width() -> None:
     load_into(build_model("pspnet", "mobilenetv2", 8, head_width=16), "narrow.pth")
 
 
+def unread() -> None:
+    train_options(["--method", "cwd", "--cwd-head-temperature", "2", "--save-dir", "run"], distil=True, description="")
+
+
 def two_ranks(patch) -> None:
     patch.setattr(distributed, "world", lambda: 2)
     patch.setattr(distributed, "check_equal", lambda *_: None)  # asks the other rank
@@ -116,10 +120,12 @@ PROVOKED = {  # the message's beginning -> what makes it; monkeypatch is passed 
     "torchvision has no ImageNet weights for": lambda: load_backbone(build_model("pspnet", "resnet101", 8), "imagenet"),
     "no ImageNet weights for": no_network,
     "holds more than tensors": pickled,
+    "it is damaged, or no checkpoint of torch": lambda: (Path("page.pth").write_text("<!DOCTYPE html>"), read_state("page.pth")),
     "holds more than 2,097,152 values": endless,
     "args.json: damaged": damaged,
     "does not fit the model": another_width,
     "unknown option --epochs": lambda: start("--epochs", "3"),
+    "--cwd-head-temperature": unread,
     "--cwd-logits-weight": lambda: start("--cwd-logits-weight", "3", distil=True),
     "--amp bf16": lambda patch: autocast("bf16", torch.bfloat16, patch),
     "batch size 3": two_ranks,
@@ -129,6 +135,7 @@ PROVOKED = {  # the message's beginning -> what makes it; monkeypatch is passed 
 ELSEWHERE = {  # -> the test that makes it
     "holds a run already": "test_engine.test_folders_that_are_refused",
     "holds another run": "test_engine.test_folders_that_are_refused",
+    "report.json is of another evaluation": "test_eval.test_another_evaluation_does_not_replace_a_report",
     "another process trains here": "test_faults_run.test_two_processes_cannot_train_in_one_folder",
     "not finite": "test_engine.test_nan_stops_one_rank",
     "another rank stopped": "test_engine.test_a_killed_rank_ends_the_other",

@@ -15,13 +15,26 @@ from dataset import SPECS, Spec, get_spec
 from dataset.cache import FOLDER, KINDS
 from dataset.classes import voc_colour
 from losses import METHODS, resolve
-from losses.base import check_bounds
+from losses.base import BOUNDS, check_bounds
 from models import BACKBONES, MODELS, NORMALIZATIONS
 from models.weights import read_state
 from utils.log import harmless
 
 SYNONYMS = {  # what other codebases call it
-    "--steps": ["--max-iterations"], "--epochs": ["--max-iterations"], "--learning-rate": ["--lr"], "--output-dir": ["--save-dir"],
+    "--steps": "--max-iterations", "--epochs": "--max-iterations", "--learning-rate": "--lr", "--output-dir": "--save-dir", "--log-dir": "--save-dir",
+    "--root": "--data", "--teacher-pretrained": "--teacher-checkpoint", "--pretrained": "--checkpoint", "--save-pred": "--save-predictions",
+    "--model": "--student-model", "--backbone": "--student-backbone", "--aux": "--student-aux", "--skip-val": "--val-interval",
+    "--lambda-kd": "--kd-weight", "--lambda-fd": "--afdcd-fd-weight", "--lambda-ctr": "--afdcd-contrast-weight",
+    "--lambda-minibatch-pixel": "--cirkd-minibatch-pixel-weight", "--lambda-memory-pixel": "--cirkd-memory-pixel-weight",
+    "--lambda-memory-region": "--cirkd-memory-region-weight", "--lambda-cwd-fea": "--cwd-head-weight", "--lambda-cwd-logit": "--cwd-logits-weight",
+    "--lambda-skd": "--skd-pairwise-weight", "--lambda-adv": "--skd-adversarial-weight", "--lambda-d": "--skd-critic-weight",
+    "--lambda-ifv": "--ifvd-weight", "--lambda-fitnet": "--fitnet-weight", "--lambda-at": "--at-weight", "--lambda-psd": "--dsd-psd-weight",
+    "--lambda-csd": "--dsd-csd-weight",
+}  # fmt: skip
+NEEDLESS = {  # what they need and this one does not
+    "--gpu-id": "set CUDA_VISIBLE_DEVICES", "--gpus": "give torchrun --nproc-per-node", "--local-rank": "torchrun tells every process its rank",
+    "--ignore-label": "pixels of value 255 are ignored", "--num-classes": "the data set has them", "--nclass": "the data set has them",
+    "--no-cuda": "give --device cpu",
 }  # fmt: skip
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
 EXPORTS = {"onnx": ".onnx", "torch.export": ".pt2", "torchscript": ".pt"}  # kinds of exported files, and how they usually end
@@ -48,12 +61,13 @@ class _Parser(argparse.ArgumentParser):
             prog=script, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        self.defaults, self.recipe, self.minimum, self.required = {}, {}, {}, []
+        self.defaults, self.recipe, self.bounds, self.required = {}, {}, {}, []
 
-    def add(self, group, name, default, help, *, recipe=None, minimum=None, aliases=(), **kwargs):
-        """One option. `recipe`: attribute of a data set's spec that gives its default; `minimum`: smallest number allowed."""
+    def add(self, group, name, default, help, *, recipe=None, aliases=(), **kwargs):
+        """One option. `recipe`: attribute of a data set's spec that gives its default; bounds as in `losses.base.option`."""
         dest = kwargs.pop("dest", name.replace("-", "_"))
-        self.defaults[dest], self.minimum[dest] = default, minimum
+        self.defaults[dest] = default
+        self.bounds[dest] = f"--{name}", {bound: kwargs.pop(bound) for bound in BOUNDS if bound in kwargs}
         if recipe:
             self.recipe[dest] = recipe
         if isinstance(default, bool):
@@ -94,12 +108,19 @@ class _Parser(argparse.ArgumentParser):
             if not token.startswith("--"):
                 self.error(f"unexpected argument {token!r}")
             flag = token.split("=")[0]
-            close = SYNONYMS.get(flag, difflib.get_close_matches(flag, self._option_string_actions, 1))
-            self.error(f"unknown option {flag}" + (f"; did you mean {close[0]}?" if close else "; --help lists all"))
+            self.error(f"unknown option {flag}; {self.instead(flag)}")
         for dest, name in self.required:
             if not hasattr(given, dest):
                 self.error(f"--{name} is missing")
         return vars(given)
+
+    def instead(self, flag: str) -> str:
+        """What to do in place of an option that there is not."""
+        if flag in NEEDLESS:
+            return f"drop it: {NEEDLESS[flag]}"
+        known = self._option_string_actions
+        close = [SYNONYMS[flag]] if SYNONYMS.get(flag) in known else difflib.get_close_matches(flag, known, 1)
+        return f"did you mean {close[0]}?" if close else "--help lists all"
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -175,7 +196,7 @@ def _add_network(parser, prefix, who):
     add("model", "deeplabv3", f"{', '.join(MODELS)}")
     add("backbone", "resnet18", f"{', '.join(BACKBONES)}")
     add("head-width", None, "channels of the head; none takes the published width of the pair", type=int, minimum=1)
-    add("dropout", None, "rate of every dropout layer; none: as published, 0.01 with --label-assisted", type=float, minimum=0)
+    add("dropout", None, "rate of every dropout layer; none: as published, 0.01 with --label-assisted", type=float, minimum=0, below=1)
     add("aux", None, "auxiliary heads, for training alone; none: as published", action=argparse.BooleanOptionalAction)
     add("pretrained", None, "checkpoint of a network to start from, or of its backbone alone; the input normalisation follows it", type=str)
     add("pretrained-base", "none", "backbone weights to start from: imagenet (torchvision's), a file, or none")
@@ -217,11 +238,11 @@ def _add_training(parser):
     add(group, "loss-norm", "global", "cross-entropy over the labelled pixels of all ranks (exact), or a mean per rank (published codes)",
         choices=("global", "local"))  # fmt: skip
     add(group, "holdout", 0.0, "share of the training pictures, the same ones for every seed, to select and report on instead of training on them; "
-        "0 selects and reports on the data set's own splits", minimum=0)  # fmt: skip
+        "0 selects and reports on the data set's own splits", minimum=0, below=1)  # fmt: skip
     add(group, "select-holdout", 0.0, "the same, to select on alone: for a data set whose reported split would choose the best checkpoint",
-        minimum=0)  # fmt: skip
-    add(group, "ema", 0.0, "decay of an exponential moving average of the weights, which is then evaluated; 0 for none", minimum=0)
-    add(group, "seed", 0, "seed of initial weights, data order, augmentation and masks", minimum=0)
+        minimum=0, below=1)  # fmt: skip
+    add(group, "ema", 0.0, "decay of an exponential moving average of the weights, which is then evaluated; 0 for none", minimum=0, below=1)
+    add(group, "seed", 0, "seed of initial weights, data order, augmentation and masks", minimum=0, maximum=2**63 - 1)
     add(group, "deterministic", False, "use deterministic GPU kernels only (slower)")
 
     group = parser.add_argument_group("run")
@@ -354,8 +375,6 @@ def _resolve_export(parser, given: dict) -> Options:
     options = _resolve(parser, given)
     if "dataset" not in given:
         options.spec = options.dataset = None
-    elif options.data is not None and not options.spec.source:
-        raise ValueError(f"--data {options.data}: {options.dataset} has no files; say with --dataset which data set the folder holds")
     elif (check or quantize) and options.spec.source and options.data is None:
         raise ValueError(f"--data is missing: the folder of {options.dataset}; {options.spec.source}")
     options.device, options.dist_timeout = "cpu", 1800.0  # networks are traced there
@@ -433,7 +452,7 @@ def _add_inference(parser):
     add(group, "mode", "whole", "whole pictures, or a sliding window", choices=("whole", "slide"))
     add(group, "window", None, "height and width of the window of --mode slide", recipe="crop", type=int, nargs="+", minimum=1)
     add(group, "stride", None, "step of the window; none: two thirds of it", type=int, nargs="+", minimum=1)
-    add(group, "scales", (1.0,), "scales whose class probabilities are averaged", type=float, nargs="+", minimum=0.05)
+    add(group, "scales", (1.0,), "scales whose class probabilities are averaged", type=float, nargs="+", minimum=0.05, maximum=10)
     add(group, "flip", False, "average with the mirrored picture")
     return group
 
@@ -511,8 +530,9 @@ def _resolve(parser: _Parser, given: dict, spec: Spec | None = None) -> Options:
                 value = getattr(value, attribute)
         else:
             value, source = default, "default"
-        if value is not None and parser.minimum[name] is not None:
-            check_bounds(f"--{name.replace('_', '-')}", value, {"minimum": parser.minimum[name]})
+        flag, bounds = parser.bounds[name]
+        if value is not None and bounds:
+            check_bounds(flag, value, bounds)
         setattr(options, name, value)
         options.sources[name] = source
     options.dataset = spec.name
@@ -571,16 +591,12 @@ def _check_training(options: Options, given: dict) -> None:
         raise ValueError("--holdout and --select-holdout: give one of them")
     for name, report in (("holdout", True), ("select_holdout", False)):
         share = getattr(options, name)
-        if not share < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {share:g}: must be below 1, for example 0.2")
         if share:
             options.spec = options.spec.hold_out(share, report)
-    if options.student_dropout is not None and not options.student_dropout < 1:
-        raise ValueError(f"--student-dropout {options.student_dropout:g}: must be below 1, for example 0.1")
-    if not options.ema < 1:
-        raise ValueError(f"--ema {options.ema}: must be below 1, for example 0.999")
-    if options.data is not None and not options.spec.source:
-        raise ValueError(f"--data {options.data}: {options.dataset} has no files; say with --dataset which data set the folder holds")
+    if "momentum" in given and options.optimizer != "sgd":
+        raise ValueError(f"--momentum {options.momentum:g}: belongs to --optimizer sgd, --optimizer is {options.optimizer}; add it, or drop the flag")
+    if options.lr_floor > options.lr:
+        raise ValueError(f"--lr-floor {options.lr_floor:g}: must be at most --lr, {options.lr:g}")
     if options.cache_dir is not None and options.cache != "disk":
         raise ValueError(f"--cache-dir {options.cache_dir}: belongs to --cache disk, --cache is {options.cache}; add it, or drop the flag")
     if options.batch_size % options.accumulate:

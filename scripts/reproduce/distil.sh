@@ -19,5 +19,5 @@ launch train_kd.py --method $METHOD --dataset "$DATASET" ${DATA:+--data "$DATA"}
     --student-pretrained-base "$BACKBONE_WEIGHTS" ${STUDENT:+--student-pretrained "$STUDENT"} \
     --student-normalization "${NORMALIZATION:-caffe-bgr}" --crop-size $CROP --batch-size "$BATCH" --max-iterations "$ITERATIONS" \
     --optimizer "${OPTIMIZER:-sgd}" --lr "$LR" --lr-floor "${LR_FLOOR:-0}" --weight-decay "$WEIGHT_DECAY" \
-    --aux-weight "${AUX_WEIGHT:-0.4}" --loss-norm "${LOSS_NORM:-local}" --seed "${SEED:-0}" --resume \
+    ${AUX_WEIGHT:+--aux-weight "$AUX_WEIGHT"} --loss-norm "${LOSS_NORM:-local}" --seed "${SEED:-0}" --resume \
     --save-dir "${SAVE_DIR:-runs/reproduce/$(basename "$0" .sh)}" "${METHOD_FLAGS[@]}" "$@"

@@ -17,18 +17,25 @@ import pytest
 import torch
 
 from losses import METHODS
-from tests.paths import REPOSITORY, shared
+from tests.paths import REPOSITORY
 from utils import session
 from utils.options import train_options
 
 SCRIPTS = sorted(REPOSITORY.glob("scripts/**/*.sh"))
-RECIPES = [path for path in SCRIPTS if path.parent.name == "reproduce" and path.name != "distil.sh"]
+SOURCED = ("distil.sh", "baseline.sh")  # what the recipes end in
+RECIPES = [path for path in SCRIPTS if path.parent.name == "reproduce" and path.name not in SOURCED]
 LAUNCHERS = {  # flags without which there is no dry run
     "train_baseline.sh": (),
     "train_kd.sh": ("--teacher-model", "deeplabv3", "--teacher-backbone", "resnet18"),  # else the checkpoint says it
 }
-NETWORKS = {"DeepLabV3": "deeplabv3", "PSPNet": "pspnet", "R18": "resnet18", "R101": "resnet101", "MBV2": "mobilenetv2"}
+MODELS = {"DeepLabV3": "deeplabv3", "DeepLabV3+": "deeplabv3plus", "PSPNet": "pspnet", "UPerNet": "upernet", "SegFormer": "segformer"}
+BACKBONES = {
+    "R18": "resnet18", "R101": "resnet101", "MBV2": "mobilenetv2", "MNv3-Small": "mobilenetv3_small", "MNv3-Large": "mobilenetv3_large",
+    "B0": "mit_b0", "B4": "mit_b4",
+}  # fmt: skip
 DATASETS = {"Cityscapes": "citys", "Pascal VOC": "voc", "CamVid": "camvid", "ADE20K": "ade20k", "COCO-Stuff": "coco_stuff_182"}
+ROWS = {"afdcd": "af-dcd", "kd": "kd|pixel kd", "skd": "skd|pixel", "ofd": "overhaul", "feature": "feature"}  # a method in the table
+SPLITS = {"val": r"val", "test": r"test \(233\)|.*233-image test list", "the test server": r"test server$"}  # of a header -> of the table
 
 
 def named(paths):
@@ -90,7 +97,8 @@ def commands(path: Path) -> list[str]:
 
 
 def numbers(text: str) -> dict:
-    """What a header's first sentence says: 'Af-DCD on CamVid: DeepLabV3-R101 -> PSPNet-R18, 360x360 crops, batch 16, 40k iterations, lr 0.02'."""
+    """What a header's first sentence says: 'Af-DCD on CamVid: DeepLabV3-R101 -> PSPNet-R18, 360x360 crops, batch 16, 40k iterations, lr 0.02'.
+    Without an arrow it is a network that is trained alone."""
     found = re.match(
         rf".+? on (?P<dataset>{'|'.join(DATASETS)})[^:]*: ((?P<teacher>\S+) -> )?(?P<student>\S+), (?P<height>\d+)x(?P<width>\d+) crops,\s"
         r"batch (?P<batch>\d+), (?P<iterations>\d+k?) iterations(, lr (?P<lr>[\d.e-]+), weight decay (?P<decay>[\d.e-]+))?\.\n",
@@ -102,8 +110,13 @@ def numbers(text: str) -> dict:
 
 
 def network(name: str) -> tuple[str, str]:
-    model, backbone = name.split("-")
-    return NETWORKS[model], NETWORKS[backbone]
+    model, backbone = name.split("-", 1)
+    return MODELS[model], BACKBONES[backbone]
+
+
+def has_teacher(options) -> bool:
+    """Whether the options are train_kd.py's."""
+    return hasattr(options, "method")
 
 
 # ------------------------------------------------------------------------------------------------------------------ all scripts
@@ -146,8 +159,10 @@ def test_commands_in_the_header_are_legal(path, stub, tmp_path):
 
 @named(RECIPES)
 def test_variables_in_the_header_are_read(path):
-    text = "".join((REPOSITORY / "scripts" / name).read_text() for name in ("environment.sh", "train_baseline.sh", "reproduce/distil.sh"))
-    text += "".join(line for line in path.read_text().splitlines(True) if not line.startswith("#"))
+    text = "".join(line for line in path.read_text().splitlines(True) if not line.startswith("#"))
+    sourced = [name for name in SOURCED if f'/{name}"' in text]
+    assert len(sourced) == 1
+    text += "".join((REPOSITORY / "scripts" / name).read_text() for name in ("environment.sh", f"reproduce/{sourced[0]}"))
     names = re.findall(r"\b[A-Z][A-Z_]+(?==)|(?<![/\w])[A-Z]+_[A-Z_]+\b", header(path))
     assert not [name for name in names if not re.search(rf"\${{?{name}\b", text)]
 
@@ -179,10 +194,11 @@ def test_header_says_what_runs(path, recipe):
     options, said = recipe(path), numbers(header(path))
     assert DATASETS[said["dataset"]] == options.dataset
     assert (options.student_model, options.student_backbone.removesuffix("_vanilla")) == network(said["student"])
+    assert path.stem.split("_")[0] in ("student", "teacher", "lad") or said["teacher"]
     if said["teacher"]:
         assert (options.teacher_model, options.teacher_backbone.removesuffix("_vanilla")) == network(said["teacher"])
     else:
-        assert options.label_assisted
+        assert not has_teacher(options) and options.label_assisted == path.stem.startswith("lad_")
     assert options.crop_size == (int(said["height"]), int(said["width"]))
     assert options.batch_size == int(said["batch"])
     assert options.max_iterations == int(said["iterations"])
@@ -198,35 +214,142 @@ def test_header_tells_the_published_figure(path):
     assert "Not run by this project" in text or "Run by this project" in text
 
 
-@named(RECIPES)
-def test_published_figure_is_on_record_with_these_settings(path):
-    text = header(path)
-    published = re.search(r"Published: mIoU (?P<miou>[\d.]+).*?\((?P<beside>[^()]+)\)\.", text, re.S)
-    if published is None:
-        pytest.skip("no published figure")
-    said = numbers(text)
-    alone, teacher = (re.search(pattern, published["beside"]) for pattern in (r"alone\s([\d.]+)", r"teacher\s([\d.]+)"))
-    expected = {
-        "distilled_miou": published["miou"], "student_baseline_miou": alone[1] if alone else "", "teacher_miou": teacher[1] if teacher else "",
-        "crop": f"{said['height']}x{said['width']}", "batch": said["batch"], "iterations": said["iterations"], "lr": said["lr"] or "0.02",
+@functools.cache
+def published() -> tuple[dict, ...]:
+    with open(REPOSITORY / "scripts/published_results.csv", newline="") as file:
+        return tuple(csv.DictReader(file))
+
+
+def called(name: str, model: str, backbone: str) -> bool:
+    """Whether the table's "DeepLabV3-R18 (random-init backbone)" is this network."""
+    models = {value: key for key, value in MODELS.items()} | {"upernet_lite": "UPerNet"}
+    backbones = {value: key for key, value in BACKBONES.items()}
+    return name.split(" ")[0].lower() == f"{models[model]}-{backbones[backbone.removesuffix('_vanilla')]}".lower()
+
+
+def width(row: dict, name: str) -> int | None:
+    """--head-width of a network in a row: the source says of CIRKDv2 that its DeepLabV3 on ResNets have 512 channels."""
+    return 512 if row["codebase"] == "CIRKD v2" and name.startswith("DeepLabV3-R") else None
+
+
+def trained_so(row: dict, options) -> bool:
+    """Whether a row's settings are those of the options. What it gives in words ("120 epochs", "mmseg default") or not at all is not compared."""
+    weight_decay = re.search(r"wd *([\d.e-]+)", row["lr"])
+    stated = {
+        "crop_size": (row["crop"], lambda text: tuple(map(int, text.split("x")))), "batch_size": (row["batch"].split(" ")[0], int),
+        "max_iterations": ("" if "epochs" in row["iterations"] else row["iterations"], int), "lr": (row["lr"].split(" ")[0], float),
+        "weight_decay": (weight_decay[1] if weight_decay else "", float),
+        "optimizer": ("1adamw" if "AdamW" in row["lr"] else "1sgd" if "SGD" in row["lr"] else "", lambda text: text[1:]),
     }  # fmt: skip
+    return all(getattr(options, name) == value(text) for name, (text, value) in stated.items() if text[:1].isdigit())
+
+
+def on_record(recipe: str, options, miou: str, split: str, alone: str | None = None, teacher: str | None = None) -> bool:
+    """Whether the table of published results has this figure of this network on this split, from a training with these options.
+
+    The first word of the recipe's name says what `miou` is: a method's, and `alone` and `teacher` ("" for none) have to stand beside it,
+    where they are given; a student's without a teacher; or a teacher's, of which the table has no settings.
+    """
+    method = recipe.split("_")[0]
+    dataset = next(name for name, own in DATASETS.items() if own == options.dataset).removeprefix("Pascal ")
+    network = options.student_model, options.student_backbone
 
     def agrees(row):
-        """Schedules that are in words ("120 epochs", "default") or missing are not compared; neither is a missing crop."""
-        if not row["dataset"].startswith(said["dataset"].removeprefix("Pascal ")):
+        if not row["dataset"].startswith(dataset) or not re.match(SPLITS[split], row["split"]):
             return False
-        given = {key: row[key].split(" ")[0] for key in expected if "epochs" not in row[key]}
-        loose = {key for key in ("crop", "batch", "iterations", "lr") if not given.get(key, "")[:1].isdigit()}
-        return all(given[key] == value for key, value in expected.items() if key not in loose)
+        if method == "teacher":
+            return row["teacher_miou"] == miou and called(row["teacher"], *network) and options.student_head_width == width(row, row["teacher"])
+        if not called(row["student"], *network) or not trained_so(row, options) or options.student_head_width != width(row, row["student"]):
+            return False
+        if method == "student":
+            return row["student_baseline_miou"] == miou
+        if not re.match(rf"({ROWS.get(method, method)})\b", row["method"].lower()):
+            return False
+        beside = {"student_baseline_miou": alone, "teacher_miou": teacher}
+        same = "same network" in row["teacher"] and network == (options.teacher_model, options.teacher_backbone)  # LAD
+        return row["distilled_miou"] == miou and all(row[key] == value for key, value in beside.items() if value is not None) and (
+            same or called(row["teacher"], options.teacher_model, options.teacher_backbone)
+        )  # fmt: skip
 
-    with open(shared("reference/published_results.csv"), newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["distilled_miou"] == published["miou"]]
-    assert any(map(agrees, rows)), rows
+    return any(map(agrees, published()))
+
+
+@named(RECIPES)
+def test_published_figure_is_on_record_with_these_settings(path, recipe):
+    text, options = " ".join(header(path).split()), recipe(path)
+    found = re.search(r"Published: mIoU ([\d.]+)(?: \([^()]+\))? on (val|test|the test server)(?: \(([^()]+)\))?\.(?= |$)", text)
+    if found is None:
+        assert "no published figure" in text
+        pytest.skip("no published figure")
+    miou, split, beside = found.groups()
+    if not has_teacher(options):
+        assert beside is None and on_record(path.stem, options, miou, split)
+        return
+    alone, teacher = (re.search(pattern, beside) for pattern in (r"alone ([\d.]+)", r"teacher ([\d.]+)"))
+    own = re.search(r"(\S+) alone", beside)
+    assert own[1] in (numbers(header(path))["student"], "student"), "the student alone is another network"
+    assert on_record(path.stem, options, miou, split, alone[1] if alone else "", teacher[1] if teacher else "")
+
+
+VARIABLE = r'[A-Z]+(?:_[A-Z]+)*=(?:"[^"]*"|[\w.-]+)'
+
+
+def other_figures(path: Path) -> list[tuple[dict[str, str], str, str | None, str | None, str | None]]:
+    """What a header says of further rows of the same recipe: (variables, mIoU, split or None for that of the first figure, student alone,
+    teacher), from 'MODEL=pspnet: 65.42 on the test server (62.78 alone)' and 'On the test server: 73.45 (72.36, teacher 77.46)'."""
+    text, found = " ".join(header(path).split()), []
+    pattern = rf"({VARIABLE}(?: {VARIABLE})*): (\d+\.\d+)(?: on (the test server))?(?: \(([\d.]+) alone\))?"
+    for variables, miou, split, alone in re.findall(pattern, text):
+        pairs = re.findall(r'(\w+)=(?:"([^"]*)"|(\S+))', variables)
+        found.append(({name: quoted or plain for name, quoted, plain in pairs}, miou, split or None, alone or None, None))
+    for miou, beside in re.findall(r"On the test server: (\d+\.\d+)(?: \(([^()]+)\))?", text):
+        alone, teacher = re.match(r"([\d.]+)", beside), re.search(r"teacher ([\d.]+)", beside)
+        found.append(({}, miou, "the test server", alone and alone[1], teacher and teacher[1]))
+    return found
+
+
+@named([path for path in RECIPES if other_figures(path)])
+def test_other_figures_are_on_record_with_their_variables(path, stub, tmp_path):
+    """The script runs with the variables, and a row of the table has the figure with what comes of them."""
+    first = re.search(r"Published: mIoU .*? on (val|test|the test server)\b", " ".join(header(path).split()))[1]
+    for variables, miou, split, alone, teacher in other_figures(path):
+        options = options_of(command_of(stub, path, "--dry-run", cwd=tmp_path, **variables))
+        assert on_record(path.stem, options, miou, split or first, alone, teacher), (variables, miou)
+        folders = {options_of(command_of(stub, path, "--dry-run", cwd=tmp_path, **chosen)).save_dir for chosen in ({}, variables)}
+        assert len(folders) == 2 or not {"MODEL", "BACKBONE"} & set(variables), "two networks in one folder"
+
+
+@named(RECIPES)
+def test_every_figure_is_in_the_table(path, recipe):
+    """Whatever a header says in passing: no number between 20 and 90 with decimals is anything but a figure of this data set's rows."""
+    dataset = next(name for name, own in DATASETS.items() if own == recipe(path).dataset).removeprefix("Pascal ")
+    number = r"(?<![\d.])[2-8]\d\.\d{1,3}(?![\d.]*\d)"
+    known = {figure for row in published() if row["dataset"].startswith(dataset) for cell in row.values() for figure in re.findall(number, cell)}
+    assert not set(re.findall(number, header(path))) - known
+
+
+def test_wrong_figures_are_not_on_record(recipe):
+    """The negative control of the two tests above: another figure, split, network, data set or setting."""
+    alone, distilled = "student_citys_deeplabv3_resnet18", "cirkd_citys_deeplabv3_resnet18"
+    options = recipe(REPOSITORY / f"scripts/reproduce/{alone}.sh")
+    assert on_record(alone, options, "74.21", "val") and on_record(alone, options, "73.45", "the test server")
+    assert not any(on_record(alone, options, miou, "val") for miou in ("74.12", "73.45", "75.42"))
+    changes = {"student_model": "pspnet", "student_backbone": "mobilenetv2", "dataset": "voc", "crop_size": (512, 512), "batch_size": 8,
+               "max_iterations": 80000, "lr": 0.01, "weight_decay": 2e-4, "optimizer": "adamw", "student_head_width": 512}  # fmt: skip
+    for name, value in changes.items():
+        assert not on_record(alone, type(options)(**vars(options) | {name: value}), "74.21", "val"), name
+    options = recipe(REPOSITORY / f"scripts/reproduce/{distilled}.sh")
+    assert on_record(distilled, options, "76.38", "val", "74.21", "78.07")
+    assert not on_record(distilled, options, "74.21", "val") and not on_record(alone.replace("student", "ifvd"), options, "76.38", "val")
+    assert not on_record(distilled, options, "76.38", "val", "74.12") and not on_record(distilled, options, "76.38", "val", None, "77.46")
+    assert not on_record(distilled, type(options)(**vars(options) | {"teacher_model": "pspnet"}), "76.38", "val")
 
 
 PROMISES = {  # recipe: options of the training, options of methods
     "afdcd_camvid_pspnet_resnet18": ({"lr_floor": 0}, {"afdcd.fd_weight": 8e-6, "afdcd.contrast_weight": 1e-2, "afdcd.kd_weight": 1}),
-    "aicsd_voc_deeplabv3_resnet18": ({"student_normalization": "imagenet"}, {"aicsd.ics_weight": 9500, "aicsd.upsample": True}),
+    "aicsd_voc_deeplabv3plus": (
+        {"student_normalization": "imagenet", "student_model": "deeplabv3plus"}, {"aicsd.ics_weight": 9500, "aicsd.upsample": True},
+    ),
     "cirkd_voc_deeplabv3_resnet18": ({"student_head_after_dropout": True}, {"cirkd.memory_pixel_weight": 0.01, "cirkd.released_queue": True}),
     "cirkdv2_citys_deeplabv3_resnet18": ({"student_head_width": 512}, {"cirkdv2.fitnet_weight": 1, "cirkdv2.channel_mse_weight": 100}),
     "cwd_citys_deeplabv3_resnet18": (
@@ -242,6 +365,14 @@ PROMISES = {  # recipe: options of the training, options of methods
     "maskd_citys_deeplabv3_mobilenetv2": ({"weight_decay": 2e-4, "lr_floor": 1e-4}, {"maskd.logits_weight": 1}),
     "mgd_citys_deeplabv3_resnet18": ({}, {"mgd.weight": 2e-5, "cwd.logits_weight": 3}),
     "skd_citys_pspnet_resnet18_original": ({"weight_decay": 5e-4}, {"skd.kd_weight": 80, "skd.pairwise_weight": 0.5, "skd.penalty": 10}),
+    "student_citys_deeplabv3_resnet18": (
+        {"loss_norm": "local", "aux_weight": 0.4, "lr_floor": 0, "student_normalization": "caffe-bgr", "student_head_width": None,
+         "student_pretrained_base": "resnet18-imagenet.pth"}, {},
+    ),
+    "student_citys_deeplabv3_resnet18_cirkdv2": ({"student_head_width": 512, "lr": 0.01}, {}),
+    "student_citys_segformer_b0": ({"optimizer": "adamw", "weight_decay": 1e-4, "student_pretrained_base": "mit_b0.pth"}, {}),
+    "student_voc_deeplabv3plus": ({"student_normalization": "imagenet", "student_backbone": "resnet18_vanilla"}, {}),
+    "teacher_citys_deeplabv3_resnet101": ({"student_head_width": None, "batch_size": 8, "label_assisted": False}, {}),
 }  # fmt: skip
 
 
@@ -258,6 +389,22 @@ def test_promised_values(name, recipe):
 def test_every_method_has_a_recipe(recipe):
     used = {name for path in RECIPES for name in recipe(path).methods}
     assert not set(METHODS) - used
+
+
+@named([path for path in RECIPES if not re.match("student|teacher", path.stem)])
+def test_the_student_alone_has_a_recipe(path, recipe):
+    """The figure that a header quotes of the student alone stands in a student_*.sh of the same network and data set."""
+    beside = re.search(r"Published: [^()]+\(?[^()]*\)?[^()]+\(\S+ alone ([\d.]+),", " ".join(header(path).split()))
+    if beside is None:
+        pytest.skip("no figure of the student alone")
+    options = recipe(path)
+    pattern = f"student_{path.stem.split('_')[1]}"  # the data set's first word
+    texts = [" ".join(header(other).split()) for other in RECIPES if other.stem.startswith(pattern) and same_student(recipe(other), options)]
+    assert any(re.search(rf"(?<![\d.]){re.escape(beside[1])}(?!\d)", text) for text in texts)
+
+
+def same_student(one, other) -> bool:
+    return (one.student_model, one.student_backbone, one.dataset) == (other.student_model, other.student_backbone, other.dataset)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- launching

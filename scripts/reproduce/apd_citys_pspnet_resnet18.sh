@@ -6,11 +6,9 @@
 # Not run by this project: the data and the ImageNet weights are not at hand.
 # Iterations: the published 200 epochs of 2975 pictures. The released weight 10 of KD is on a mean over classes too, 10 / 19 on the mean
 # over pixels here.
-# The paper's teacher is stored under another code base's names; the first command trains one, as the CIRKD line trains its teachers.
+# The paper's teacher is stored under another code base's names; teacher_citys_pspnet_resnet101.sh trains one.
 #
-#   DATASET=citys DATA=/data/citys MODEL=pspnet BACKBONE=resnet101 SAVE_DIR=runs/teacher bash scripts/train_baseline.sh \
-#       --pretrained-base resnet101-imagenet.pth --normalization caffe-bgr --batch-size 8 --lr 0.01 --max-iterations 80000
-#   DATA=/data/citys TEACHER=runs/teacher/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
+#   DATA=/data/citys TEACHER=runs/reproduce/teacher_citys_pspnet_resnet101/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
 #       GPUS=8 bash scripts/reproduce/apd_citys_pspnet_resnet18.sh
 
 METHOD=apd

@@ -6,11 +6,9 @@
 # Not run by this project: the data and the ImageNet weights are not at hand.
 # Batch, lr, its floor of 1e-4 and weight decay are not stated: mmsegmentation's defaults. Its ResNets have another stem and take RGB with
 # mean and standard deviation; this project's are the CIRKD line's.
-# The paper's teacher is stored under another code base's names; the first command trains one, as the CIRKD line trains its teachers.
+# The paper's teacher is stored under another code base's names; teacher_ade20k_pspnet_resnet101.sh trains one.
 #
-#   DATASET=ade20k DATA=/data/ade20k MODEL=pspnet BACKBONE=resnet101 SAVE_DIR=runs/teacher bash scripts/train_baseline.sh \
-#       --pretrained-base resnet101-imagenet.pth --normalization caffe-bgr --batch-size 8 --lr 0.01 --max-iterations 80000
-#   DATA=/data/ade20k TEACHER=runs/teacher/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
+#   DATA=/data/ade20k TEACHER=runs/reproduce/teacher_ade20k_pspnet_resnet101/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
 #       GPUS=8 bash scripts/reproduce/bpkd_ade20k_pspnet_resnet18.sh
 
 METHOD=bpkd

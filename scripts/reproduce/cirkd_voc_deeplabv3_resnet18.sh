@@ -7,8 +7,7 @@
 # Paper and release differ: the released memory keeps the first positions of an image as the pixels of a class; --no-cirkd-released-queue
 # keeps pixels of the class.
 # The released code takes the features after dropout: --no-student-head-after-dropout takes them before it.
-# The memory weighs 0.01 on VOC as its author advises; a third party got 72.6 with MEMORY_WEIGHT=0.1 (73.7 alone; issue 8 of the
-# repository).
+# The memory weighs 0.01 on VOC as its author advises; MEMORY_WEIGHT=0.1: 72.6 (73.7 alone), a third party's, in issue 8 of the repository.
 #
 #   DATA=/data/voc TEACHER=deeplabv3_resnet101_voc_best_model.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
 #       GPUS=8 bash scripts/reproduce/cirkd_voc_deeplabv3_resnet18.sh

@@ -5,11 +5,9 @@
 # Source: Table 2 of the paper as in irfanICMLL/TorchDistiller (mean of three runs); its README: 74.6 to 75.0, checkpoint 75.02.
 # Not run by this project: the data and the ImageNet weights are not at hand.
 # Weight decay is not stated with the figure; 5e-4 is that of the code base it is built on (SKD).
-# The paper's teacher is stored under another code base's names; the first command trains one, as the CIRKD line trains its teachers.
+# The paper's teacher is stored under another code base's names; teacher_citys_pspnet_resnet101.sh trains one.
 #
-#   DATASET=citys DATA=/data/citys MODEL=pspnet BACKBONE=resnet101 SAVE_DIR=runs/teacher bash scripts/train_baseline.sh \
-#       --pretrained-base resnet101-imagenet.pth --normalization caffe-bgr --batch-size 8 --lr 0.01 --max-iterations 80000
-#   DATA=/data/citys TEACHER=runs/teacher/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
+#   DATA=/data/citys TEACHER=runs/reproduce/teacher_citys_pspnet_resnet101/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
 #       GPUS=2 bash scripts/reproduce/cwd_citys_pspnet_resnet18_original.sh
 
 METHOD=cwd

@@ -5,11 +5,9 @@
 # Source: abstract of arXiv 2604.25530 (an extended schedule; its body is not at hand).
 # Not run by this project: the data and the ImageNet weights are not at hand.
 # Loss, weight, crop, batch, lr and the length of the schedule are this project's guesses.
-# The paper's teacher is stored under another code base's names; the first command trains one, as the CIRKD line trains its teachers.
+# The paper's teacher is stored under another code base's names; teacher_citys_pspnet_resnet101.sh trains one.
 #
-#   DATASET=citys DATA=/data/citys MODEL=pspnet BACKBONE=resnet101 SAVE_DIR=runs/teacher bash scripts/train_baseline.sh \
-#       --pretrained-base resnet101-imagenet.pth --normalization caffe-bgr --batch-size 8 --lr 0.01 --max-iterations 80000
-#   DATA=/data/citys TEACHER=runs/teacher/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
+#   DATA=/data/citys TEACHER=runs/reproduce/teacher_citys_pspnet_resnet101/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
 #       GPUS=8 bash scripts/reproduce/feature_citys_pspnet_resnet18.sh
 
 METHOD=feature

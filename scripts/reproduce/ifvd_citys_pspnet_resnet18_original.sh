@@ -6,11 +6,9 @@
 # Not run by this project: the data and the ImageNet weights are not at hand.
 # Its weight 10 of KD is on a mean over classes too, 10 / 19 on the mean over pixels here. The adversarial term is SKD's original, with its
 # weights (ADVERSARIAL_WEIGHT), hence --method ifvd skd; schedule and weight decay are those of that code base.
-# The paper's teacher is stored under another code base's names; the first command trains one, as the CIRKD line trains its teachers.
+# The paper's teacher is stored under another code base's names; teacher_citys_pspnet_resnet101.sh trains one.
 #
-#   DATASET=citys DATA=/data/citys MODEL=pspnet BACKBONE=resnet101 SAVE_DIR=runs/teacher bash scripts/train_baseline.sh \
-#       --pretrained-base resnet101-imagenet.pth --normalization caffe-bgr --batch-size 8 --lr 0.01 --max-iterations 80000
-#   DATA=/data/citys TEACHER=runs/teacher/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
+#   DATA=/data/citys TEACHER=runs/reproduce/teacher_citys_pspnet_resnet101/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
 #       GPUS=2 bash scripts/reproduce/ifvd_citys_pspnet_resnet18_original.sh
 
 METHOD="ifvd skd"

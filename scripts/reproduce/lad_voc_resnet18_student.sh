@@ -4,7 +4,7 @@
 # Published: mIoU 75.0 on val (DeepLabV3-R18 alone 73.21, no value for the teacher).
 # Source: README and training log of skyshoumeng/Label_Assisted_Distillation (best of 40 validations 75.11, last 74.74).
 # Not run by this project: the data and the ImageNet weights are not at hand.
-# TEACHER is what lad_voc_resnet18_teacher.sh trained. MODEL=pspnet, for both: 75.4 (73.33 alone).
+# TEACHER is what lad_voc_resnet18_teacher.sh trained. MODEL=pspnet: 75.4 (73.33 alone); say it to both.
 # The published run goes on from a student that was distilled before: STUDENT, for example that of cirkd_voc_deeplabv3_resnet18.sh.
 # Without STUDENT it starts from the ImageNet weights, for which LR=0.02 is the line's; what comes of that is open.
 # The published student keeps its fourth input channel, always 0; here it has three, which computes the same.

@@ -7,15 +7,15 @@
 #
 #   DATA=/data/voc BACKBONE_WEIGHTS=resnet18-imagenet.pth GPUS=8 bash scripts/reproduce/lad_voc_resnet18_teacher.sh
 
+DATASET=voc
 MODEL=${MODEL:-deeplabv3}
+BACKBONE=resnet18
 BACKBONE_WEIGHTS=${BACKBONE_WEIGHTS:-resnet18-imagenet.pth}
 CROP=${CROP:-512}
 BATCH=${BATCH:-8}
 ITERATIONS=${ITERATIONS:-80000}
 LR=${LR:-0.01}
+WEIGHT_DECAY=1e-4
+SAVE_DIR=${SAVE_DIR:-runs/reproduce/lad_voc_${MODEL}_resnet18_teacher}
 
-source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
-launch train_baseline.py --label-assisted --dataset voc ${DATA:+--data "$DATA"} --model "$MODEL" --backbone resnet18 \
-    --pretrained-base "$BACKBONE_WEIGHTS" --normalization caffe-bgr --crop-size $CROP --batch-size "$BATCH" --max-iterations "$ITERATIONS" \
-    --lr "$LR" --weight-decay 1e-4 --loss-norm "${LOSS_NORM:-local}" --seed "${SEED:-0}" --resume \
-    --save-dir "${SAVE_DIR:-runs/reproduce/lad_voc_${MODEL}_resnet18_teacher}" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/baseline.sh" --label-assisted "$@"

@@ -6,11 +6,10 @@
 # Not run by this project: the data and the ImageNet weights are not at hand.
 # Its weight 10 of KD is on a sum over the 8 images of a batch, which is 80 on the mean here: scale it with BATCH.
 # The weight of the adversarial term is the paper's lambda_2, 0.1; the CIRKD port has ADVERSARIAL_WEIGHT=1e-3.
-# The paper's teacher is stored under another code base's names; the first command trains one, as the CIRKD line trains its teachers.
+# ADVERSARIAL_WEIGHT=0 CRITIC_WEIGHT=0: 71.78. PAIRWISE_WEIGHT=0 ADVERSARIAL_WEIGHT=0 CRITIC_WEIGHT=0: 70.51.
+# The paper's teacher is stored under another code base's names; teacher_citys_pspnet_resnet101.sh trains one.
 #
-#   DATASET=citys DATA=/data/citys MODEL=pspnet BACKBONE=resnet101 SAVE_DIR=runs/teacher bash scripts/train_baseline.sh \
-#       --pretrained-base resnet101-imagenet.pth --normalization caffe-bgr --batch-size 8 --lr 0.01 --max-iterations 80000
-#   DATA=/data/citys TEACHER=runs/teacher/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
+#   DATA=/data/citys TEACHER=runs/reproduce/teacher_citys_pspnet_resnet101/student_best.pth BACKBONE_WEIGHTS=resnet18-imagenet.pth \
 #       GPUS=2 bash scripts/reproduce/skd_citys_pspnet_resnet18_original.sh
 
 METHOD=skd
@@ -25,7 +24,8 @@ BATCH=${BATCH:-8}
 ITERATIONS=${ITERATIONS:-40000}
 LR=0.01
 WEIGHT_DECAY=5e-4
-METHOD_FLAGS=(--skd-form original --skd-kd-weight 80 --skd-pairwise-weight 0.5 --skd-adversarial-weight "${ADVERSARIAL_WEIGHT:-0.1}"
-              --skd-critic-weight 0.1 --skd-objective wgan-gp --skd-penalty 10)
+METHOD_FLAGS=(--skd-form original --skd-kd-weight 80 --skd-pairwise-weight "${PAIRWISE_WEIGHT:-0.5}"
+              --skd-adversarial-weight "${ADVERSARIAL_WEIGHT:-0.1}" --skd-critic-weight "${CRITIC_WEIGHT:-0.1}"
+              --skd-objective wgan-gp --skd-penalty 10)
 
 source "$(dirname "${BASH_SOURCE[0]}")/distil.sh"

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from losses import METHODS
+from scripts import recipes
 from tests.paths import REPOSITORY
 from utils import session
 from utils.options import train_options
@@ -326,6 +327,21 @@ def test_every_figure_is_in_the_table(path, recipe):
     number = r"(?<![\d.])[2-8]\d\.\d{1,3}(?![\d.]*\d)"
     known = {figure for row in published() if row["dataset"].startswith(dataset) for cell in row.values() for figure in re.findall(number, cell)}
     assert not set(re.findall(number, header(path))) - known
+
+
+def test_table_of_recipes_is_current():
+    found = recipes.recipes()
+    assert (recipes.HERE / "README.md").read_text(encoding="utf-8") == recipes.page(found), "run: python -m scripts.recipes"
+    assert {recipe.name for recipe in found} == {path.stem for path in RECIPES}
+    (row,) = (recipe for recipe in found if recipe.name == "student_voc_deeplabv3plus")  # its first sentence has two lines
+    assert row[1:] == ("The student of AICSD alone", "Pascal VOC (augmented)", "DeepLabV3+-R18",
+                       "513x513 crops, batch 6, 29280 iterations, lr 0.007, weight decay 5e-4", "67.50 on val")  # fmt: skip
+
+
+def test_a_header_without_its_first_sentence_is_refused(tmp_path):
+    (tmp_path / "kd_x.sh").write_text("#!/usr/bin/env bash\n# KD of something.\n\nMETHOD=kd\n")
+    with pytest.raises(ValueError, match="kd_x.sh: its first sentence is not 'METHOD on DATA SET: NETWORKS, SETTING.'"):
+        recipes.read(tmp_path / "kd_x.sh")
 
 
 def test_wrong_figures_are_not_on_record(recipe):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Af-DCD on Pascal VOC 2012 (augmented): DeepLabV3-R101 -> DeepLabV3-R18, 512x512 crops, batch 16, 40k iterations.
+# Af-DCD on Pascal VOC (augmented): DeepLabV3-R101 -> DeepLabV3-R18, 512x512 crops, batch 16, 40k iterations.
 #
 # Published: mIoU 76.25 on val (DeepLabV3-R18 alone 73.21, teacher 77.67).
 # Source: README of the authors' release (OSVAI/Af-DCD at 5b086a7); settings from its training scripts.

@@ -15,5 +15,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 launch train_baseline.py --dataset "$DATASET" ${DATA:+--data "$DATA"} --model "$MODEL" --backbone "$BACKBONE" \
     ${HEAD_WIDTH:+--head-width "$HEAD_WIDTH"} --pretrained-base "$BACKBONE_WEIGHTS" --normalization "${NORMALIZATION:-caffe-bgr}" \
     --crop-size $CROP --batch-size "$BATCH" --max-iterations "$ITERATIONS" --optimizer "${OPTIMIZER:-sgd}" --lr "$LR" \
-    --lr-floor "${LR_FLOOR:-0}" --weight-decay "$WEIGHT_DECAY" --aux-weight "${AUX_WEIGHT:-0.4}" --loss-norm "${LOSS_NORM:-local}" \
+    --lr-floor "${LR_FLOOR:-0}" --weight-decay "$WEIGHT_DECAY" ${AUX_WEIGHT:+--aux-weight "$AUX_WEIGHT"} --loss-norm "${LOSS_NORM:-local}" \
     --seed "${SEED:-0}" --resume --save-dir "${SAVE_DIR:-runs/reproduce/$(basename "$0" .sh)}" "$@"

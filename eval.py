@@ -15,6 +15,7 @@ from dataset import EvalSampler, build_dataset, build_loader
 from models import count_macs, count_parameters
 from models.weights import model_from_checkpoint
 from utils import distributed
+from utils.checkpoint import fingerprint
 from utils.distill import is_label_assisted
 from utils.engine import AMP, memory_format
 from utils.files import read_json
@@ -48,7 +49,8 @@ def main(options, device) -> None:
     inference = Inference(options.mode, options.window, options.stride, tuple(options.scales), options.flip)
     output = Path(options.output or Path(options.checkpoint).parent / "eval" / Path(options.checkpoint).stem / split)
     if distributed.is_main():
-        check_output(output, options)
+        evaluated = evaluation(options, spec.name, split)
+        check_output(output, evaluated)
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
@@ -70,7 +72,7 @@ def main(options, device) -> None:
     if distributed.is_main():
         report = {
             "checkpoint": str(options.checkpoint), "model": model.config, "dataset": spec.name, "split": split, "classes": list(spec.classes),
-            **scores.plain(),
+            "evaluation": evaluated, **scores.plain(),
             "parameters": count_parameters(model), "macs": macs, "size": [height, width], "milliseconds_per_image": timed.median_ms,
             "options": options.plain(), "command": command(), "environment": environment(),
         }  # fmt: skip
@@ -78,18 +80,29 @@ def main(options, device) -> None:
     logger.info("%s", output / "report.json")
 
 
-def check_output(folder: Path, options) -> None:
-    """ValueError where the folder holds the report of an evaluation whose figures are others'; the same one may be repeated."""
+def evaluation(options, dataset: str, split: str) -> dict:
+    """What the figures depend on, by name of the option; where no folder was asked for it lies beside the checkpoint and is of that one."""
+    names = ["scales", "flip", "limit", "amp", "normalization", "mode"] + ["window", "stride"] * (options.mode == "slide")
+    found = {"dataset": dataset, "data": options.data and str(Path(options.data).resolve()), "split": split}
+    if options.output:
+        found["checkpoint"] = f"{Path(options.checkpoint).name} ({fingerprint(options.checkpoint)[:16]})"
+    return json.loads(json.dumps(found | {name: getattr(options, name) for name in names}))
+
+
+def check_output(folder: Path, evaluated: dict) -> None:
+    """ValueError where the folder holds the report of another evaluation; the same one may be repeated."""
     path = folder / "report.json"
     if not path.exists():
         return
-    old, new = read_json(path).get("options", {}), json.loads(json.dumps(options.plain()))
-    for options in (old, new):
-        options["checkpoint"] = str(Path(options.get("checkpoint", "")).resolve())
-    for name in ("checkpoint", "mode", "window", "stride", "scales", "flip", "limit", "amp", "normalization"):
-        if old.get(name) != new[name]:
-            ours, theirs = (" ".join(map(str, value)) if isinstance(value, list) else value for value in (new[name], old.get(name)))
-            raise ValueError(f"{path} is of another evaluation: --{name} is {ours}, was {theirs}; give another --output, or remove that folder")
+    report = read_json(path)
+    before = report.get("evaluation") if isinstance(report, dict) else None
+    remedy = "give another --output, or remove that folder"
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} does not say what it is of; {remedy}")
+    for name in [*evaluated, *before]:
+        if before.get(name) != evaluated.get(name):
+            ours, theirs = (" ".join(map(str, value)) if isinstance(value, list) else value for value in (evaluated.get(name), before.get(name)))
+            raise ValueError(f"{path} is of another evaluation: --{name} is {ours}, was {theirs}; {remedy}")
 
 
 class Pictures:

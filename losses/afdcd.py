@@ -66,7 +66,7 @@ class AfDCD(Method):
         negatives: str = option("released", "cells an anchor is pushed from", choices=("released", "omni", "channel", "spatial"), terms=("contrast",))
         distance: str = option("l1", "distance between cells; the paper's ablation reports l2 as best", choices=("l1", "l2"), terms=("contrast",))
         tau: float = option(0.07, "temperature of the contrast", above=0, terms=("contrast",))
-        groups: int = option(16, "channel groups M", minimum=1, terms=("contrast",))
+        groups: int = option(16, "channel groups M", minimum=1, terms=("contrast",), only=("negatives", "released", "omni", "channel"))
         patch: int = option(4, "side of a patch, in positions of the pooled map", minimum=1, terms=("contrast",))
         pool: int = option(4, "max-pooling of the maps before the contrast, 0 for none", minimum=0, camvid=0, shapes=0, terms=("contrast",))
         contrast: str = option(

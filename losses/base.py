@@ -37,8 +37,10 @@ def option(default, help, *, choices=None, minimum=None, above=None, maximum=Non
         above, below: bounds that are not themselves allowed. Numbers are finite, whatever the bounds.
         when: `(other_option, value, {"default": ..., dataset: ...})`: other defaults when another option of the method has
             that value.
-        terms: the terms that read it, all of them unless given. With none of them active the flag would do nothing, and is refused.
-        only: `(other_option, value)`: it is read only when another option of the method has that value; otherwise the flag is refused.
+        terms: the terms that read it, those that a derived method adds among them; all unless given. With none of them active the
+            flag would do nothing, and is refused.
+        only: `(other_option, value, ...)`: it is read only when another option of the method has one of these values; otherwise the
+            flag is refused.
         per_dataset: defaults per data set, by its name in `dataset/specs.py`.
     """
     given = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
@@ -129,7 +131,7 @@ class Method(nn.Module):
         return term in self.weights
 
     def leave_out(self, term: str, why: str) -> None:
-        """Leave out a term that these networks cannot have; the log says so, and whoever gave it a weight is refused.
+        """Leave out a term that these networks cannot have, whatever its weight; the log says so.
 
         Raises:
             ValueError: no term is left.
@@ -200,15 +202,17 @@ def _flag(method: type[Method], name: str) -> str:
 def _check_read(method: type[Method], name: str, values: dict) -> None:
     """ValueError where an option was given that nothing reads, see `option`."""
     meta = next(f.metadata for f in dataclasses.fields(method.Options) if f.name == name)
-    value = values[name]
-    shown = f"{_flag(method, name)} {value:g}" if isinstance(value, float) else f"{_flag(method, name)} {value}"
-    weights = [method.weight_field(term) for term in meta["terms"]]
+    value, flag = values[name], _flag(method, name)
+    shown = (flag if value else flag.replace("--", "--no-")) if isinstance(value, bool) else f"{flag} {value:g}" if isinstance(value, float) else \
+        f"{flag} {value}"
+    weights = [method.weight_field(term) for term in meta["terms"] if term in method.terms()]
     if weights and not any(values[weight] for weight in weights):
         off = " and ".join(f"{_flag(method, weight)} 0" for weight in weights)
         raise ValueError(f"{shown}: nothing reads it with {off}; give {'that' if len(weights) == 1 else 'one'} another value, or drop the flag")
-    if meta["only"] and values[meta["only"][0]] != meta["only"][1]:
-        other, wanted = _flag(method, meta["only"][0]), meta["only"][1]
-        raise ValueError(f"{shown}: belongs to {other} {wanted}, {other} is {values[meta['only'][0]]}; add it, or drop the flag")
+    other, *wanted = meta["only"] or (None,)
+    if other and values[other] not in wanted:
+        flag = _flag(method, other)
+        raise ValueError(f"{shown}: belongs to {flag} {' or '.join(wanted)}, {flag} is {values[other]}; add it, or drop the flag")
 
 
 def check_bounds(flag: str, value, bounds: dict[str, float]) -> None:
@@ -216,5 +220,6 @@ def check_bounds(flag: str, value, bounds: dict[str, float]) -> None:
     for number in value if isinstance(value, (list, tuple)) else [value]:
         finite = not isinstance(number, float) or math.isfinite(number)
         if not finite or not all(BOUNDS[name][1](number, bound) for name, bound in bounds.items()):
-            wanted = [f"{BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items()] + ["finite"] * (not finite)
+            wanted = [f"{BOUNDS[name][0]} {bound:g}" if isinstance(bound, float) else f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items()]
+            wanted += ["finite"] * (not finite)
             raise ValueError(f"{flag} {number}: must be {' and '.join(wanted)}")

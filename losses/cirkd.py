@@ -12,6 +12,10 @@ from utils import distributed
 PIXELS_PER_CLASS = 16  # of one image, that enter the memory
 
 
+# terms inside a batch and with memories; the channels' are of CIRKDv2
+RELATIONS, MEMORIES = ("minibatch_pixel", "minibatch_channel"), ("memory_pixel", "memory_region", "memory_channel")
+
+
 class CIRKD(Method):
     """The student's pixels shall resemble other pixels as much as the teacher's do, across images; features are `head`, unit over C.
 
@@ -41,9 +45,10 @@ class CIRKD(Method):
         minibatch_pixel_weight: float = term_weight(1.0, "weight of the relation between the pixels of a batch")
         memory_pixel_weight: float = term_weight(0.1, "weight of the relation to remembered pixels", voc=0.01)
         memory_region_weight: float = term_weight(0.1, "weight of the relation to remembered regions", voc=0.01)
-        temperature: float = option(0.1, "softmax temperature of the similarities", above=0)
+        temperature: float = option(0.1, "softmax temperature of the similarities", above=0, terms=(*RELATIONS, *MEMORIES))
         gather: bool = option(
-            False, "compare the images of all ranks instead of each rank's own (with one image per rank that is the image with itself)"
+            False, "compare the images of all ranks instead of each rank's own (with one image per rank that is the image with itself)",
+            terms=RELATIONS,
         )
         pixel_queue: int = option(
             20000, "remembered pixels per class (published: 20000, with SegFormer 2000)", minimum=1, shapes=2000, terms=("memory_pixel",)
@@ -56,7 +61,7 @@ class CIRKD(Method):
         released_queue: bool = option(
             False, "store the first positions of an image as pixels of each class, as the released code does", terms=("memory_pixel",)
         )
-        memory_limit_mib: int = option(8192, "refuse queues that together take more than this on every process", minimum=1)
+        memory_limit_mib: int = option(8192, "refuse queues that together take more than this on every process", minimum=1, terms=MEMORIES)
 
     def __init__(self, options, setup):
         super().__init__(options, setup)

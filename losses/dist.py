@@ -14,7 +14,7 @@ class DIST(Method):
     p = softmax over classes of the logits, without temperature; rho = centred cosine. inter = 1 - mean over pixels of rho across
     the K classes; intra = 1 - mean over classes of rho across all B*N pixels; the loss is beta * inter + gamma * intra. Term
     `logits` has weight 1; term `aux`, on the logits of the auxiliary heads, 0.4. Where student or teacher has no auxiliary head,
-    `aux` is left out, and the log says so; `--dist-aux-weight` is refused there.
+    `aux` is left out, and the log says so.
 
     The published runs train with weight decay 5e-4 and a learning rate that ends at 1e-4; the baselines quoted beside them used
     1e-4 and end at 0.

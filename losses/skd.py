@@ -36,7 +36,7 @@ class SKD(Method):
         critic_weight: float = term_weight(0.1, "weight of the critic's own loss; with 0 it keeps its random weights")
         form: str = option("cirkd", "how positions are pooled before they are compared", choices=("cirkd", "original"), terms=("pairwise",))
         feature: str = option("head", "which features are compared", choices=("head", "c4"), terms=("pairwise",))
-        objective: str = option("hinge", "the critic's loss", choices=("hinge", "wgan-gp"), terms=("adversarial", "critic"))
+        objective: str = option("hinge", "the critic's loss", choices=("hinge", "wgan-gp"), terms=("critic",))
         penalty: float = option(10.0, "weight of the gradient penalty of wgan-gp", minimum=0, terms=("critic",), only=("objective", "wgan-gp"))
 
     def __init__(self, options, setup):

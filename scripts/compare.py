@@ -49,6 +49,7 @@ from utils.files import read_json
 from utils.log import harmless
 from utils.options import method_flag, train_options
 from utils.run import StopSignal, write_text
+from utils.session import build_student
 
 ROOT = Path(__file__).resolve().parent.parent
 RANGES = {"lr": 4.0, "weight-decay": 10.0, "weight": 8.0}  # a trial's value is the recipe's times a factor in [1/range, range]
@@ -99,6 +100,8 @@ def parse_arm(token: str) -> Arm:
         if not equals:
             raise ValueError(f"--methods {token}: {setting!r} has no value; write {names}:flag=value, for a switch {names}:flag=")
         name = name.strip().lstrip("-").replace("_", "-")
+        if name.startswith("teacher-") and name not in OWNED:
+            raise ValueError(f"--methods {token}: {name} is the same for all arms; give it after --")
         if name in OWNED:
             raise ValueError(f"--methods {token}: {name} is the comparison's to set, the same for all arms; drop it")
         flags[name] = value.strip()
@@ -243,10 +246,14 @@ class Job:
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         lines = text.rpartition(START)[2].strip().splitlines()
         nothing = "wrote nothing" if text else "never started"
-        ours = [line for line in lines if OWN_ERROR.match(line)]
-        first = [line for line in ours if "another rank stopped" not in line]  # under torchrun, whose own report of the failure comes last
-        others = [line for line in lines if "error" in line.lower()]
-        return next((found[-1] for found in (first, ours, others, lines) if found), nothing)
+        ours = [number for number, line in enumerate(lines) if OWN_ERROR.match(line)]
+        causes = [number for number in ours if "another rank stopped" not in lines[number]]  # torchrun's report of the failure comes last
+        if not causes and not ours:
+            return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else nothing)
+        number = (causes or ours)[-1]
+        if lines[number].endswith("Traceback (most recent call last):"):  # the exception is below its frames, which are indented
+            return next((line for line in lines[number + 1 :] if re.match(r"[A-Za-z_][\w.]*(: |$)", line)), lines[number])
+        return lines[number]
 
 
 def job(plan: Plan, arm: Arm, seed: int, folder: Path, budget: Budget, extra: dict[str, str] | None = None) -> Job:
@@ -282,7 +289,7 @@ def grouped(flags) -> list[list[str]]:
 
 
 def check(jobs: list[Job]) -> None:
-    """Parse every command line as the training would, before anything starts.
+    """Parse every command line and build its student as the training would, before anything starts.
 
     Raises:
         ValueError: the training's own line of refusal.
@@ -295,10 +302,11 @@ def check(jobs: list[Job]) -> None:
             seen.add(key)
             refusal = io.StringIO()
             try:
-                with contextlib.redirect_stderr(refusal):
-                    train_options(arguments, distil=script == "train_kd.py", description="")
-            except SystemExit as error:
-                raise ValueError(f"{candidate.name}: {refusal.getvalue().strip().partition('error: ')[2]}") from error
+                with contextlib.redirect_stderr(refusal), torch.device("meta"):  # of the network its shapes alone
+                    build_student(train_options(arguments, distil=script == "train_kd.py", description=""))
+            except (SystemExit, ValueError) as error:
+                why = refusal.getvalue().strip().partition("error: ")[2] or str(error)
+                raise ValueError(f"{candidate.name}: {why}; a flag for some arms stands in them, ARM:flag=value") from error
 
 
 def run_jobs(jobs: list[Job], slots: int, processes: int, stop: StopSignal) -> list[Job]:
@@ -399,6 +407,8 @@ def settings(plan: Plan, arm: Arm, factors: dict[str, float]) -> dict[str, str]:
                         flags[method_flag(method, attribute).removeprefix("--")] = f"{value * factor:.4g}"
         else:
             flags[name] = f"{getattr(options, name.replace('-', '_')) * factor:.4g}"
+            if name == "lr" and float(flags[name]) < options.lr_floor:
+                flags[name] = str(options.lr_floor)
     return flags
 
 

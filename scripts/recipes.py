@@ -1,5 +1,6 @@
 """Generate scripts/reproduce/README.md, the table of the recipes of published figures, from their headers: `python -m scripts.recipes`."""
 
+import argparse
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,11 @@ def recipes() -> list[Recipe]:
     return [read(path) for path in sorted(HERE.glob("*_*.sh"))]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m scripts.recipes", description=__doc__).parse_args()
     (HERE / "README.md").write_text(page(recipes()), encoding="utf-8")
     print(HERE / "README.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,7 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
     Raises:
         ValueError: a run is not finished, or the runs are of different data sets or report on different pictures.
     """
-    reports, places, names = {}, {}, set()
+    reports, places, selections, names = {}, {}, {}, set()
     for title, folder in runs.items():
         path = folder / "report.json"
         if not folder.is_dir():
@@ -41,6 +41,8 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
         used = arguments["options"]
         names.add(used["dataset"])
         places[title] = (reports[title]["split"], used.get("holdout", 0.0))
+        share = used.get("select_holdout", 0.0)
+        selections[title] = reports[title]["selected_on"] + (f", a share of {share:g}" if share else "")
     if len(names) > 1:
         raise ValueError(f"the runs are of different data sets: {', '.join(sorted(names))}; compare runs of one")
     (split, holdout), *others = dict.fromkeys(places.values())
@@ -56,8 +58,8 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
     samples = [pictures[int(index)] for index in chosen]
     palette = spec.palette()
     columns = {"input": [s.image for s in samples], "label": [overlay(s.image, s.target, palette) for s in samples]}
-    selections = {report["selected_on"] for report in reports.values()}
-    selected = selections.pop() if len(selections) == 1 else "of the selection"
+    several = len(set(selections.values())) > 1
+    selected = "of the selection" if several else next(iter(selections.values()))
     lines = [f"| run | mIoU {selected} | mIoU {split} | last, {split} | parameters | GMAC | ms per picture | minutes of training |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for title, folder in runs.items():
@@ -73,10 +75,10 @@ def summarize(runs: dict[str, Path], data: str | None, rows: int, device: torch.
         height, width = samples[0].target.shape
         cost = f"{count_parameters(model) / 1e6:.2f} M | {count_macs(model, height, width) / 1e9:.2f} | {timed.median_ms:.1f}"
         report = reports[title]
-        where = f" ({report['selected_on']})" if selections else ""
+        where = f" ({selections[title]})" if several else ""
         scores = f"{report['selection_miou']:.2f}{where} | {report['best']['miou']:.2f} | {report['last']['miou']:.2f}"
         lines.append(f"| {title} | {scores} | {cost} | {report['seconds'] / 60:.1f} |")
-    lines += ["", f"IoU per class on {split}, of the best on {'its selection' if selections else selected}:", ""]
+    lines += ["", f"IoU per class on {split}, of the best on {'its selection' if several else selected}:", ""]
     lines += [f"| class | {' | '.join(reports)} |", "|---" * (1 + len(reports)) + "|"]
     for number, name in enumerate(spec.classes):
         values = [report["best"]["iou"][number] for report in reports.values()]

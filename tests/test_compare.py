@@ -60,6 +60,7 @@ def test_arms():
         ("nothing", "--methods nothing: there is no method 'nothing'; possible: none, "),
         ("kd+", "--methods kd+: there is no method ''"),
         ("kd:lr", "--methods kd:lr: 'lr' has no value; write kd:flag=value, for a switch kd:flag="),
+        ("kd:teacher-model=a.b:c", "--methods kd:teacher-model=a.b:c: teacher-model is the same for all arms; give it after --"),
         ("kd:max-iterations=5", "--methods kd:max-iterations=5: max-iterations is the comparison's to set, the same for all arms"),
         ("none:seed-offset=x", "--methods none:seed-offset=x: seed-offset 'x' is no number"),
     ],
@@ -107,6 +108,9 @@ def test_grouped():
         ("kd", ["--learnrate", "1"], "kd, seed 0: unknown option --learnrate; --help lists all"),
         ("none", ["--kd-temperature", "1", "--lr", "x"], "none, seed 0: argument --lr: invalid float value: 'x'"),
         ("kd:cwd-logits-weight=1", [], "kd:cwd-logits-weight=1, seed 0: --cwd-logits-weight belongs to cwd"),
+        ("afdcd:afdcd-mask=none", ["--afdcd-mask-ratio", "0.5"], "afdcd:afdcd-mask=none, seed 0: --afdcd-mask-ratio 0.5: belongs to --afdcd-mask "
+         "random, --afdcd-mask is none; add it, or drop the flag; a flag for some arms stands in them, ARM:flag=value"),
+        ("none", ["--aux-weight", "0.1"], "none, seed 0: --aux-weight 0.1: pspnet has no auxiliary head"),
     ],
 )
 def test_every_command_is_checked_before_anything_starts(arm, flags, message):
@@ -394,7 +398,10 @@ def test_the_failure_of_several_processes_is_the_first_ones(tmp_path):
     lost = "[rank 1] error: another rank stopped or hangs; its own message says why (Connection reset)\n"
     for text, why in (
         (f"step 1\nerror: no data\n{lost}{torchrun}", "error: no data"), (f"{lost}[rank 2] error: no room\n{torchrun}", "[rank 2] error: no room"),
-        (lost + torchrun, lost.strip()), (f"RuntimeError: odd\n{'x' * 9}\n", "RuntimeError: odd"),
+        (lost + torchrun, lost.strip()),
+        (f"error: Traceback (most recent call last):\n  File\n    x = y\n    ~~^~~\ntorch.OutOfMemoryError: no room\n{torchrun}",
+         "torch.OutOfMemoryError: no room"),
+        (f"RuntimeError: odd\n{'x' * 9}\n", "RuntimeError: odd"),
         ("train_kd.py: error: no\n", "train_kd.py: error: no"),
         ("done\nbye\n", "bye"), ("", "wrote nothing"),
     ):  # fmt: skip

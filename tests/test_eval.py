@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
+import eval as main
 from dataset import Batch, EvalSampler, build_loader, get_spec
 from dataset.batch import Sample
 from dataset.segmentation import SegDataset
@@ -184,15 +185,39 @@ def test_evaluating_twice_gives_the_same_pixels_as_inference_by_hand(folder):
     assert report["matrix"] == matrix.tolist()
 
 
-def test_another_evaluation_does_not_replace_a_report(folder):
-    """The same one may be repeated, from elsewhere too, and on other hardware; it may write more pictures."""
+def test_another_evaluation_does_not_replace_a_report(folder, monkeypatch):
+    """The same one may be repeated, from elsewhere too, on more processes, with more pictures."""
+    given = {"checkpoint": "student.pth", "dataset": "camvid", "data": str(folder / "data"), "split": None, "output": str(folder / "kept"),
+             "mode": "whole", "window": (360, 360), "stride": None, "scales": (0.75, 1.0), "flip": False, "limit": None, "amp": "off",
+             "normalization": None}  # fmt: skip
     first = run(folder, "--scales", "0.75", "1", output="kept")
     assert run(folder, "--scales", "0.75", "1", "--workers", "1", "--save-overlays", "1", output="kept")["matrix"] == first["matrix"]
     before = (folder / "kept" / "report.json").read_bytes()
-    for arguments, message in (((), "--scales is 1.0, was 0.75 1.0;"), (("--scales", "0.75", "1", "--flip"), "--flip is True, was False;")):
-        with pytest.raises(AssertionError, match=f"kept/report.json is of another evaluation: {message} give another --output"):
-            run(folder, *arguments, output="kept")
+    with pytest.raises(AssertionError, match="kept/report.json is of another evaluation: --scales is 1.0, was 0.75 1.0; give another --output"):
+        run(folder, output="kept")
     assert (folder / "kept" / "report.json").read_bytes() == before
+
+    (folder / "other").mkdir()
+    save_model(folder / "other" / "student.pth", seed=5, num_classes=11, dataset="camvid")
+    monkeypatch.chdir(folder / "other")
+
+    def again(split="test", dataset="camvid", **changes):
+        options = SimpleNamespace(**given | {"checkpoint": "../student.pth"} | changes)
+        main.check_output(folder / "kept", main.evaluation(options, dataset, split))
+
+    again(window=(24, 24))  # it is of --mode slide
+    for changes, message in (
+        ({"split": "val"}, "--split is val, was test"), ({"dataset": "citys"}, "--dataset is citys, was camvid"), ({"flip": True}, "--flip is True,"),
+        ({"data": "data"}, "--data is .*/other/data, was .*/data"),
+        ({"checkpoint": "student.pth"}, r"--checkpoint is student.pth \(\w+\), was student.pth \("), ({"mode": "slide"}, "--mode is slide, was "),
+        ({"limit": 3}, "--limit is 3, was None"), ({"output": None}, "--checkpoint is None, was"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"kept/report.json is of another evaluation: {message}"):
+            again(**changes)
+    for content in ("[]", '{"miou": 3}'):
+        (folder / "kept" / "report.json").write_text(content)
+        with pytest.raises(ValueError, match="kept/report.json does not say what it is of; give another --output, or remove that folder"):
+            again()
 
 
 REFUSED = {

@@ -65,7 +65,10 @@ def test_runs_of_held_out_pictures(run, tmp_path, capsys):
 def test_runs_of_other_selections_say_so_in_every_row(run, tmp_path):
     rows = summarize(tmp_path, run("a"), run("b", selected="train-held-out", select_holdout=0.1), "--rows", "1")
     assert rows[0].startswith("| run | mIoU of the selection | mIoU test |")
-    assert [row.split(" | ")[1] for row in rows[2:4]] == ["41.00 (val)", "41.00 (train-held-out)"]
+    assert [row.split(" | ")[1] for row in rows[2:4]] == ["41.00 (val)", "41.00 (train-held-out, a share of 0.1)"]
+    again = run("c", selected="train-held-out", select_holdout=0.2)
+    rows = summarize(tmp_path, f"b={tmp_path / 'b'}", again, "--rows", "1")
+    assert rows[0].startswith("| run | mIoU of the selection | ")
 
 
 @pytest.mark.parametrize("arguments,message", [

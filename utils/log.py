@@ -55,7 +55,7 @@ class _LogFile(logging.FileHandler):
 
 
 def setup(folder: Path | None = None) -> logging.Logger:
-    """Log to the console, and with more detail to `folder`/log.txt when given, from the first line on that was logged since the last setup;
+    """Log to the console, and with more detail to `folder`/log.txt when given, from the first line on that was logged since there was a file last;
     ranks other than 0 log warnings alone, to the console."""
     escape_names()
     early = next((handler for handler in logger.handlers if isinstance(handler, _Early)), _Early())
@@ -73,9 +73,10 @@ def setup(folder: Path | None = None) -> logging.Logger:
     if main and folder is not None:
         file = _LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(_Formatter("%(asctime)s %(levelname).1s %(message)s"))
-        for record in early.records:
-            file.handle(record)
         logger.addHandler(file)
+        for record in early.records:
+            if file in logger.handlers:  # a full disk ends it
+                file.handle(record)
     elif main:
         logger.addHandler(early)
     return logger

@@ -20,21 +20,21 @@ from models import BACKBONES, MODELS, NORMALIZATIONS
 from models.weights import read_state
 from utils.log import harmless
 
-SYNONYMS = {  # what other codebases call it
+SYNONYMS = {  # what other codebases call it; {} is a method that was given
     "--steps": "--max-iterations", "--epochs": "--max-iterations", "--learning-rate": "--lr", "--output-dir": "--save-dir", "--log-dir": "--save-dir",
     "--root": "--data", "--teacher-pretrained": "--teacher-checkpoint", "--pretrained": "--checkpoint", "--save-pred": "--save-predictions",
-    "--model": "--student-model", "--backbone": "--student-backbone", "--aux": "--student-aux", "--skip-val": "--val-interval",
-    "--lambda-kd": "--kd-weight", "--lambda-fd": "--afdcd-fd-weight", "--lambda-ctr": "--afdcd-contrast-weight",
+    "--model": "--student-model", "--backbone": "--student-backbone", "--aux": "--student-aux", "--no-cuda": "--device",
+    "--lambda-kd": "--{}-kd-weight --kd-weight", "--lambda-fd": "--afdcd-fd-weight", "--lambda-ctr": "--afdcd-contrast-weight",
     "--lambda-minibatch-pixel": "--cirkd-minibatch-pixel-weight", "--lambda-memory-pixel": "--cirkd-memory-pixel-weight",
     "--lambda-memory-region": "--cirkd-memory-region-weight", "--lambda-cwd-fea": "--cwd-head-weight", "--lambda-cwd-logit": "--cwd-logits-weight",
-    "--lambda-skd": "--skd-pairwise-weight", "--lambda-adv": "--skd-adversarial-weight", "--lambda-d": "--skd-critic-weight",
+    "--lambda-skd": "--skd-pairwise-weight", "--lambda-adv": "--{}-adversarial-weight", "--lambda-d": "--{}-critic-weight",
     "--lambda-ifv": "--ifvd-weight", "--lambda-fitnet": "--fitnet-weight", "--lambda-at": "--at-weight", "--lambda-psd": "--dsd-psd-weight",
     "--lambda-csd": "--dsd-csd-weight",
 }  # fmt: skip
 NEEDLESS = {  # what they need and this one does not
     "--gpu-id": "set CUDA_VISIBLE_DEVICES", "--gpus": "give torchrun --nproc-per-node", "--local-rank": "torchrun tells every process its rank",
     "--ignore-label": "pixels of value 255 are ignored", "--num-classes": "the data set has them", "--nclass": "the data set has them",
-    "--no-cuda": "give --device cpu",
+    "--skip-val": "--val-interval says how often is validated",
 }  # fmt: skip
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
 EXPORTS = {"onnx": ".onnx", "torch.export": ".pt2", "torchscript": ".pt"}  # kinds of exported files, and how they usually end
@@ -108,18 +108,19 @@ class _Parser(argparse.ArgumentParser):
             if not token.startswith("--"):
                 self.error(f"unexpected argument {token!r}")
             flag = token.split("=")[0]
-            self.error(f"unknown option {flag}; {self.instead(flag)}")
+            self.error(f"unknown option {flag}; {self.instead(flag, getattr(given, 'method', ()))}")
         for dest, name in self.required:
             if not hasattr(given, dest):
                 self.error(f"--{name} is missing")
         return vars(given)
 
-    def instead(self, flag: str) -> str:
+    def instead(self, flag: str, methods) -> str:
         """What to do in place of an option that there is not."""
         if flag in NEEDLESS:
             return f"drop it: {NEEDLESS[flag]}"
         known = self._option_string_actions
-        close = [SYNONYMS[flag]] if SYNONYMS.get(flag) in known else difflib.get_close_matches(flag, known, 1)
+        meant = [name.format(method) for name in SYNONYMS.get(flag, "").split() for method in methods or ("",)]
+        close = [name for name in meant if name in known] or difflib.get_close_matches(flag, known, 1)
         return f"did you mean {close[0]}?" if close else "--help lists all"
 
     def error(self, message):

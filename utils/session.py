@@ -28,7 +28,7 @@ from utils.engine import AMP, NonFiniteError, Training, fit, memory_format
 from utils.log import logger
 from utils.metrics import Inference, Stopped, evaluate
 from utils.optim import build_optimizers
-from utils.options import Options, config_of, method_flag, option_table
+from utils.options import Options, config_of, option_table
 from utils.run import Run, StopSignal, write_text
 
 
@@ -99,7 +99,6 @@ def train(options: Options, device: torch.device) -> int | None:
     )  # fmt: skip
     methods = build_methods(options.methods, setup)
     check_needs(methods, student, teacher_model)
-    check_terms(methods, options)
     weights = {"aux": options.aux_weight, "aux2": options.aux_weight, "detail": options.detail_weight}
     task = TaskLoss(*(weight if name in student.channels else 0.0 for name, weight in weights.items()), options.task_loss)
     if options.label_assisted:
@@ -272,15 +271,6 @@ def check_needs(methods: dict, student, teacher) -> None:
                 layers = " ".join(f"{field}=LAYER" for field in lacking)
                 remedy = f"add {layers} to --teacher-layers" if isinstance(model, Foreign) else f"choose another {who}, or another method"
                 raise ValueError(f"--method {name} reads {', '.join(lacking)} of the {who}, which has none; {remedy}")
-
-
-def check_terms(methods: dict, options: Options) -> None:
-    """ValueError where a weight was given to a term that is left out."""
-    for name, method in methods.items():
-        for term, why in method.left_out.items():
-            field = method.weight_field(term)
-            if options.sources[f"{name}.{field}"] == "command line":
-                raise ValueError(f"{method_flag(name, field)} {getattr(method.options, field):g}: {why}, the term is left out; drop the flag")
 
 
 def check_classes(model, path: str, spec: Spec, *, who: str = "checkpoint", remedy: str = "pass --dataset, or --data, of its training") -> None:

@@ -8,7 +8,6 @@
 # Which of the release's two UPerNets the figure is of is not at hand: MODEL=upernet_lite has 128 channels instead of 512.
 # Paper and release differ: the released memory keeps the first positions of an image as the pixels of a class; --no-cirkdv2-released-queue
 # keeps pixels of the class.
-# The released code takes the features after dropout: --no-student-head-after-dropout takes them before it.
 # The weight of fitnet is not at hand for this pair; 10 is that of most others: FITNET_WEIGHT.
 # The memory takes 0.8 GiB on every process.
 #
@@ -30,7 +29,6 @@ WEIGHT_DECAY=1e-4
 SAVE_DIR=${SAVE_DIR:-runs/reproduce/cirkdv2_citys_${MODEL:-upernet}_resnet18}
 METHOD_FLAGS=(--cirkdv2-kd-weight 1 --cirkdv2-minibatch-pixel-weight 1 --cirkdv2-memory-pixel-weight 0.1
               --cirkdv2-memory-region-weight 0.1 --cirkdv2-fitnet-weight "${FITNET_WEIGHT:-10}" --cirkdv2-minibatch-channel-weight 1
-              --cirkdv2-channel-mse-weight 100 --cirkdv2-memory-channel-weight 0.1 --cirkdv2-released-queue
-              --student-head-after-dropout)
+              --cirkdv2-channel-mse-weight 100 --cirkdv2-memory-channel-weight 0.1 --cirkdv2-released-queue)
 
 source "$(dirname "${BASH_SOURCE[0]}")/distil.sh"

@@ -24,8 +24,11 @@ BATCH=${BATCH:-8}
 ITERATIONS=${ITERATIONS:-40000}
 LR=0.01
 WEIGHT_DECAY=5e-4
-METHOD_FLAGS=(--skd-form original --skd-kd-weight 80 --skd-pairwise-weight "${PAIRWISE_WEIGHT:-0.5}"
-              --skd-adversarial-weight "${ADVERSARIAL_WEIGHT:-0.1}" --skd-critic-weight "${CRITIC_WEIGHT:-0.1}"
-              --skd-objective wgan-gp --skd-penalty 10)
+PAIRWISE_WEIGHT=${PAIRWISE_WEIGHT:-0.5}
+CRITIC_WEIGHT=${CRITIC_WEIGHT:-0.1}
+METHOD_FLAGS=(--skd-kd-weight 80 --skd-pairwise-weight "$PAIRWISE_WEIGHT" --skd-adversarial-weight "${ADVERSARIAL_WEIGHT:-0.1}"
+              --skd-critic-weight "$CRITIC_WEIGHT")
+[[ $PAIRWISE_WEIGHT == 0 ]] || METHOD_FLAGS+=(--skd-form original)
+[[ $CRITIC_WEIGHT == 0 ]] || METHOD_FLAGS+=(--skd-objective wgan-gp --skd-penalty 10)
 
 source "$(dirname "${BASH_SOURCE[0]}")/distil.sh"

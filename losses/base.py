@@ -202,9 +202,11 @@ def _flag(method: type[Method], name: str) -> str:
 def _check_read(method: type[Method], name: str, values: dict) -> None:
     """ValueError where an option was given that nothing reads, see `option`."""
     meta = next(f.metadata for f in dataclasses.fields(method.Options) if f.name == name)
-    value, flag = values[name], _flag(method, name)
-    shown = (flag if value else flag.replace("--", "--no-")) if isinstance(value, bool) else f"{flag} {value:g}" if isinstance(value, float) else \
-        f"{flag} {value}"
+    value, shown = values[name], _flag(method, name)
+    if isinstance(value, bool):
+        shown = shown if value else shown.replace("--", "--no-")
+    else:
+        shown += f" {value:g}" if isinstance(value, float) else f" {value}"
     weights = [method.weight_field(term) for term in meta["terms"] if term in method.terms()]
     if weights and not any(values[weight] for weight in weights):
         off = " and ".join(f"{_flag(method, weight)} 0" for weight in weights)

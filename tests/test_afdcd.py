@@ -16,8 +16,9 @@ def test_released_values(monkeypatch, name, form, front):
     given = reference.inputs(spec)
     method = reference.build(
         "afdcd", student={"c4": spec["student_channels"]}, teacher={"c4": spec["teacher_channels"]}, dataset="citys", kd_weight=0.0,
-        groups=spec["channel_groups"], pool=spec["pool_size"], tau=spec["tau"], mask_ratio=spec["mask_ratio"],
-        mask="random" if spec["rand_mask"] else "centre", projector="enhanced" if spec["enhanced_projector"] else "plain", contrast=form,
+        groups=spec["channel_groups"], pool=spec["pool_size"], tau=spec["tau"],
+        **({"mask": "random", "mask_ratio": spec["mask_ratio"]} if spec["rand_mask"] else {"mask": "centre"}),
+        projector="enhanced" if spec["enhanced_projector"] else "plain", contrast=form,
     )  # fmt: skip
     reference.fill(method)
     method.uniform = lambda batch, *shape: given.noise

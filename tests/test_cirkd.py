@@ -279,7 +279,8 @@ def test_queues_start_as_unit_vectors_of_the_seed():
 
 
 def sizes(**given):
-    return {"student": {"head": 8}, "teacher": {"head": 16}, "crop": (64, 64), "pixel_queue": 200, "region_queue": 20, **given}
+    queues = {f"{kind}_queue": size for kind, size in (("pixel", 200), ("region", 20)) if given.get(f"memory_{kind}_weight", 1)}
+    return {"student": {"head": 8}, "teacher": {"head": 16}, "crop": (64, 64), **queues, **given}
 
 
 def test_refusals_and_announcement(caplog):

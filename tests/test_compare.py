@@ -110,7 +110,7 @@ def test_grouped():
         ("kd:cwd-logits-weight=1", [], "kd:cwd-logits-weight=1, seed 0: --cwd-logits-weight belongs to cwd"),
         ("afdcd:afdcd-mask=none", ["--afdcd-mask-ratio", "0.5"], "afdcd:afdcd-mask=none, seed 0: --afdcd-mask-ratio 0.5: belongs to --afdcd-mask "
          "random, --afdcd-mask is none; add it, or drop the flag; a flag for some arms stands in them, ARM:flag=value"),
-        ("none", ["--aux-weight", "0.1"], "none, seed 0: --aux-weight 0.1: pspnet has no auxiliary head"),
+        ("none", ["--aux-weight", "0.1"], "none, seed 0: --aux-weight 0.1: deeplabv3 has no auxiliary head"),
     ],
 )
 def test_every_command_is_checked_before_anything_starts(arm, flags, message):

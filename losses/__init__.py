@@ -39,6 +39,6 @@ def build_methods(options: dict[str, object], setup: Setup) -> dict[str, Method]
         methods[name] = METHODS[name](method_options, setup)
     with_kd = [name for name, method in methods.items() if method.active("kd")]
     if len(with_kd) > 1:
-        flags = " or ".join("--kd-weight 0" if name == "kd" else f"--{name}-kd-weight 0" for name in with_kd)
+        flags = " or ".join(f"{METHODS[name].flag(METHODS[name].weight_field('kd'))} 0" for name in with_kd)
         raise ValueError(f"{' and '.join(with_kd)} both contain plain KD, which would count twice; pass {flags}, or drop one from --method")
     return methods

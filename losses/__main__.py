@@ -19,7 +19,7 @@ import torch
 from dataset import Batch
 from losses import METHODS, Setup, resolve
 from models import SegOutput
-from utils.options import method_flag, plain_value
+from utils.options import plain_value
 
 HERE = Path(__file__).parent
 CROP = (256, 256)
@@ -83,7 +83,7 @@ def section(name: str, method) -> str:
             conditional = ", ".join(f"{d} {plain_value(v)}" for d, v in table.items() if d != "default")
             own += f"; with {other} {value}: {conditional}" if conditional else ""
         choices = f" ({', '.join(map(str, meta['choices']))})" if meta["choices"] else ""
-        lines.append(f"| `{method_flag(name, field.name)}` | {default} | {own} | {meta['help']}{choices} |".replace("|  |", "| |"))
+        lines.append(f"| `{method.flag(field.name)}` | {default} | {own} | {meta['help']}{choices} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 
 

@@ -126,6 +126,11 @@ class Method(nn.Module):
         """The name of the term's weight in `Options`."""
         return "weight" if term == cls.name else f"{term}_weight"
 
+    @classmethod
+    def flag(cls, field: str) -> str:
+        """The command line flag of a field of `Options`."""
+        return f"--{cls.name}-{field}".replace("_", "-")
+
     def active(self, term: str) -> bool:
         """Whether the term has a weight other than 0."""
         return term in self.weights
@@ -140,8 +145,7 @@ class Method(nn.Module):
         self.left_out[term] = why
         if not self.weights:
             other = next(name for name in self.terms() if name != term)
-            flag = f"--{self.name}-{self.weight_field(other)}".replace("_", "-")
-            raise ValueError(f"{self.name}: {why}, so no term is left; give {flag} a value other than 0")
+            raise ValueError(f"{self.name}: {why}, so no term is left; give {self.flag(self.weight_field(other))} a value other than 0")
 
     def factors(self, progress: float) -> dict[str, float]:
         """Factors on the weights that change during training; `progress` runs from 0 to 1. The key "task" scales the task loss."""
@@ -189,31 +193,27 @@ def resolve(method: type[Method], dataset: str, given: dict) -> tuple[object, di
             values[name], sources[name] = table[dataset], f"data set {dataset}"
         else:
             values[name], sources[name] = table["default"], "default"
-        check_bounds(_flag(method, name), values[name], meta["bounds"])
+        check_bounds(method.flag(name), values[name], meta["bounds"])
     for name in given:
         _check_read(method, name, values)
     return method.Options(**values), sources
 
 
-def _flag(method: type[Method], name: str) -> str:
-    return f"--{method.name}-{name}".replace("_", "-")
-
-
 def _check_read(method: type[Method], name: str, values: dict) -> None:
     """ValueError where an option was given that nothing reads, see `option`."""
     meta = next(f.metadata for f in dataclasses.fields(method.Options) if f.name == name)
-    value, shown = values[name], _flag(method, name)
+    value, shown = values[name], method.flag(name)
     if isinstance(value, bool):
         shown = shown if value else shown.replace("--", "--no-")
     else:
         shown += f" {value:g}" if isinstance(value, float) else f" {value}"
     weights = [method.weight_field(term) for term in meta["terms"] if term in method.terms()]
     if weights and not any(values[weight] for weight in weights):
-        off = " and ".join(f"{_flag(method, weight)} 0" for weight in weights)
+        off = " and ".join(f"{method.flag(weight)} 0" for weight in weights)
         raise ValueError(f"{shown}: nothing reads it with {off}; give {'that' if len(weights) == 1 else 'one'} another value, or drop the flag")
     other, *wanted = meta["only"] or (None,)
     if other and values[other] not in wanted:
-        flag = _flag(method, other)
+        flag = method.flag(other)
         raise ValueError(f"{shown}: belongs to {flag} {' or '.join(wanted)}, {flag} is {values[other]}; add it, or drop the flag")
 
 

@@ -47,7 +47,7 @@ from scripts.compare_report import write_report
 from utils import checkpoint
 from utils.files import read_json
 from utils.log import harmless
-from utils.options import method_flag, train_options
+from utils.options import train_options
 from utils.run import StopSignal, write_text
 from utils.session import build_student
 
@@ -56,7 +56,7 @@ RANGES = {"lr": 4.0, "weight-decay": 10.0, "weight": 8.0}  # a trial's value is 
 TUNING_SEED = 1000  # of the trials: none of the final runs' own
 TUNING_SHARE = 0.2  # of the training pictures, held out for the trials
 SELECT_SHARE = 0.05  # of the training pictures, held out for the best checkpoint of a data set that has no split for it
-METHOD_FLAGS = {method_flag(name, field.name): name for name, method in METHODS.items() for field in dataclasses.fields(method.Options)}
+METHOD_FLAGS = {method.flag(field.name): name for name, method in METHODS.items() for field in dataclasses.fields(method.Options)}
 TUNING = {"trials": 12, "search": "random", "tune_budget": None}  # defaults of the options that belong to --tune
 ARMS = ["none", "kd", "cwd", "cirkd", "afdcd"]
 TEACHER = "runs/{}/deeplabv3-resnet18/student_best.pth"  # what scripts/train_baseline.sh trains by default
@@ -404,7 +404,7 @@ def settings(plan: Plan, arm: Arm, factors: dict[str, float]) -> dict[str, str]:
                 for term in METHODS[method].terms():
                     attribute = METHODS[method].weight_field(term)
                     if value := getattr(options.methods[method], attribute):
-                        flags[method_flag(method, attribute).removeprefix("--")] = f"{value * factor:.4g}"
+                        flags[METHODS[method].flag(attribute).removeprefix("--")] = f"{value * factor:.4g}"
         else:
             flags[name] = f"{getattr(options, name.replace('-', '_')) * factor:.4g}"
             if name == "lr" and float(flags[name]) < options.lr_floor:

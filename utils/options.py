@@ -97,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
             if "type" in kwargs and not meta["choices"]:
                 kwargs["metavar"] = METAVARS[kwargs["type"]]
             group.add_argument(
-                method_flag(name, field.name), dest=f"{name}.{field.name}", help=describe_default(meta, field.default).replace("%", "%%"), **kwargs
+                method.flag(field.name), dest=f"{name}.{field.name}", help=describe_default(meta, field.default).replace("%", "%%"), **kwargs
             )
 
     def parse(self, argv) -> dict:
@@ -133,10 +133,6 @@ def hyphenated(token: str) -> str:
         return token
     flag, equals, value = token.partition("=")
     return flag.replace("_", "-") + equals + value
-
-
-def method_flag(method: str, field: str) -> str:
-    return f"--{method}-{field}".replace("_", "-")
 
 
 def describe_default(meta, default) -> str:
@@ -573,7 +569,7 @@ def _resolve_methods(options: Options, given: dict) -> None:
         name, dot, field = key.partition(".")
         if dot and name not in options.method:
             raise ValueError(
-                f"{method_flag(name, field)} belongs to {name}, which is not in --method {' '.join(options.method)}; add it, or drop the flag"
+                f"{METHODS[name].flag(field)} belongs to {name}, which is not in --method {' '.join(options.method)}; add it, or drop the flag"
             )
     for name in options.method:
         own = {key.partition(".")[2]: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key.startswith(f"{name}.")}

@@ -46,6 +46,12 @@ class Draw:
     crop: tuple[int, int]
     flip: bool
 
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, bottom, left, right) of what the crop box holds of a picture of height x width pixels, in pixels of the scaled one."""
+        bottom = min(self.top + self.crop[0], scaled_length(height, self.scale))
+        right = min(self.left + self.crop[1], scaled_length(width, self.scale))
+        return self.top, bottom, self.left, right
+
 
 def _fraction(scale: float) -> Fraction:
     return Fraction(scale).limit_denominator(100)
@@ -71,11 +77,9 @@ def apply(drawn: Draw, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray
     Where the scaled picture is smaller than the crop, bottom and right are padded with PAD_COLOUR and IGNORE, before the flip.
     """
     height, width = drawn.crop
-    top, left, scale = drawn.top, drawn.left, drawn.scale
-    bottom = min(top + height, scaled_length(image.shape[0], scale))
-    right = min(left + width, scaled_length(image.shape[1], scale))
-    region = image_region(image, scale, top, bottom, left, right)
-    target = label_region(label, scale, top, bottom, left, right)
+    box = drawn.box(*image.shape[:2])
+    region = image_region(image, drawn.scale, *box)
+    target = label_region(label, drawn.scale, *box)
     below, beside = height - region.shape[0], width - region.shape[1]
     if below or beside:
         region = cv2.copyMakeBorder(region, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=PAD_COLOUR)

@@ -70,7 +70,8 @@ class AfDCD(Method):
         patch: int = option(4, "side of a patch, in positions of the pooled map", minimum=1, terms=("contrast",))
         pool: int = option(4, "max-pooling of the maps before the contrast, 0 for none", minimum=0, camvid=0, shapes=0, terms=("contrast",))
         contrast: str = option(
-            "auto", "the contrast as written or fused, equal to rounding; auto: fused, compiled if large", choices=FORMS, terms=("contrast",)
+            "auto", "the contrast as written or fused, equal to rounding; auto: fused, compiled if large; plain for spatial on a CPU",
+            choices=FORMS, terms=("contrast",),
         )
         grad_clip: float = option(15.0, "largest gradient norm of alignment and projector, 0 for no clipping", minimum=0, terms=("fd", "contrast"))
 

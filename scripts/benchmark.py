@@ -1,6 +1,7 @@
 """What a training step costs on this machine, part by part, beside the plain form of each part (`scripts/plain.py`).
 
-    python -m scripts.benchmark                                     # hours on one CPU core, minutes on a GPU
+    python -m scripts.benchmark                                     # hours on one CPU core
+    python -m scripts.benchmark --amp off bf16 --step-repeats 1     # in both precisions, with one repeat of what takes longest
     python -m scripts.benchmark --quick --methods kd cirkd          # seconds: small shapes, one repeat
     python -m scripts.benchmark --parts step --shapes camvid --amp bf16 --step-repeats 1 --methods kd afdcd afdcd:afdcd-projector=bottleneck
 
@@ -8,15 +9,19 @@ Parts: of every method the loss, forward and backward, and the whole step (DeepL
 and the front of its projector alone; then the task loss, the teacher, the metric and the loader. Both forms run interleaved on the same
 fresh inputs after a warm-up; times are medians: process CPU time on one thread, or a GPU's own clock. Their results are compared in the
 same run. Ours gets maps, weights and pictures in the memory formats of a training, the plain form in NCHW, as published trainings have
-them. Under --amp bf16 both run in autocast.
+them. Under --amp bf16 both run in autocast. A method without a plain form in a `loss` row is computed as its formula is written; its
+`step` row shows what the rest of the step gains.
 
 Writes table.md and rows.json to --output after every row. A command that was interrupted, or another one with the same --output, goes on
 with the rows that are there; all have to be of one machine and one commit.
 
 Peaks are bytes of tensors made inside and alive at once (a GPU: of its allocator); on a CPU scratch memory within an operation is not seen.
-Operations are those that torch's dispatcher computes, on a GPU about one kernel each; blocks are waits of the host for the device. The floor
-is what the products, each at its own precision, and the bytes of inputs and gradients take at this machine's own best measured rates, the
-larger of the two. `of KD` is the time relative to plain KD's in the same part, shape and precision.
+Operations are those that torch's dispatcher computes, on a GPU about one kernel each; blocks are waits of the host for the device. Both and
+the peak are of a run of its own, in which Af-DCD's contrast is not compiled on a CPU: that form makes the same tensors and 4 MiB more. The
+floor is what the products, each at its own precision, and the bytes of inputs, weights and gradients take at the best rates that a few 3x3
+convolutions and a sum reached on this machine at the start, the larger of the two. `of KD` is the time relative to plain KD's in the same
+part, shape and precision. Errors are relative, in the L2 norm: of the result, and of all gradients (a step's: of the first step, at which
+both forms have the same weights).
 """
 
 import argparse
@@ -29,6 +34,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +50,7 @@ from torch import Tensor
 
 from dataset import Batch, Cache, build_dataset
 from dataset.reading import read_image, read_label
-from dataset.transforms import PAD_COLOUR, Augment, draw
+from dataset.transforms import PAD_COLOUR, Augment, draw, image_region
 from losses import METHODS, Setup, build_methods, projection
 from losses import contrast as omni
 from losses.task import TaskLoss, cross_entropy
@@ -109,19 +115,21 @@ class Machine:
 
     def __init__(self, device: torch.device, quick: bool):
         self.device = device
-        side, numbers = (32, 1 << 22) if quick else (128 if device.type == "cuda" else 64, 1 << 26)
+        side, numbers = (16, 1 << 22) if quick else (128 if device.type == "cuda" else 64, 1 << 26)
         numbers = torch.randn(numbers, device=device)
         self.flops = {dtype: self.products(side, dtype) for dtype in (torch.float32, torch.bfloat16)}  # per second
         self.bandwidth = 8 * len(numbers) / self.least(lambda: numbers.add_(1))  # bytes per second: read and written
 
     def products(self, side: int, dtype: torch.dtype) -> float:
-        """Operations per second of a 3x3 convolution, since on some CPUs a product of matrices reaches half of its rate."""
-        x, weight = (torch.randn(*size, device=self.device, dtype=dtype) for size in ((1, 256, side, side), (256, 256, 3, 3)))
-        count, times = 2 * x.numel() * weight[:, 0].numel(), []
-        for layout in (torch.contiguous_format, torch.channels_last):
-            a, b = x.to(memory_format=layout), weight.to(memory_format=layout)
-            times.append(self.least(lambda a=a, b=b: F.conv2d(a, b, padding=1)))
-        return count / min(times)
+        """Operations per second of 3x3 convolutions, the best of three widths: on some CPUs a product of matrices reaches half of it."""
+        rates = []
+        for channels, size in ((128, 2 * side), (256, side), (512, side // 2)):
+            x = torch.randn(1, channels, size, size, device=self.device, dtype=dtype)
+            weight = torch.randn(channels, channels, 3, 3, device=self.device, dtype=dtype)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                a, b = x.to(memory_format=layout), weight.to(memory_format=layout)
+                rates.append(2 * x.numel() * weight[0].numel() / self.least(lambda a=a, b=b: F.conv2d(a, b, padding=1)))
+        return max(rates)
 
     def seconds(self, function: Callable) -> tuple[float, object]:
         """(the time that it took, its result)."""
@@ -144,7 +152,7 @@ class Machine:
         return watched(function, self.device)
 
     def floor(self, flops: dict[torch.dtype, int], size: int) -> float:
-        """Milliseconds that the products of each precision, or `size` bytes, take at the measured rates."""
+        """Milliseconds that the products of each precision, or `size` bytes, take at the measured rates, whichever is more."""
         products = sum(count / self.flops.get(dtype, self.flops[torch.float32]) for dtype, count in flops.items())
         return 1000 * max(products, size / self.bandwidth)
 
@@ -172,10 +180,12 @@ def cpu_name() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def compare(machine: Machine, row: dict, forms: dict[str, Callable], inputs: Callable, repeats: int, error: Callable, size=lambda given: 0) -> Row:
+def compare(machine: Machine, row: dict, forms: dict[str, Callable], inputs: Callable, repeats: int, error: Callable, size=lambda given: 0,
+            sums: int = 0) -> Row:
     """Measure the forms "ours" and, if there is one, "plain", each called with what `inputs(number)` returns.
 
-    error: (ours, plain) -> (value error, gradient error) of their results; size: bytes that have to be read and written.
+    error: (ours, plain) -> (value error, gradient error) of their results; size: bytes that have to be read and written; sums: operations in
+    float32 that are no product, and therefore not counted by themselves.
     """
     times, errors = {name: [] for name in forms}, []
     for number in range(repeats + 1):  # the first one warms up
@@ -194,7 +204,7 @@ def compare(machine: Machine, row: dict, forms: dict[str, Callable], inputs: Cal
         **row, repeats=repeats, ms=statistics.median(times["ours"]), plain_ms=statistics.median(times["plain"]) if other else None,
         peak=ours.peak / 2**20, plain_peak=other.peak / 2**20 if other else None,
         value_error=max(e[0] for e in errors) if other else None, gradient_error=max(e[1] for e in errors) if other else None,
-        operations=ours.operations, blocks=len(ours.blocks), floor_ms=machine.floor(ours.flops, size(given)) or None,
+        operations=ours.operations, blocks=len(ours.blocks), floor_ms=machine.floor(ours.flops + Counter({torch.float32: sums}), size(given)) or None,
     )  # fmt: skip
 
 
@@ -338,7 +348,7 @@ class Bench:
 
     def step(self, arm: Arm) -> Row:
         """A whole step of `train_step`; its plain form has the teacher as it was trained, NCHW, and every plain form."""
-        options, trainings = self.options(arm), {}
+        options, trainings, first = self.options(arm), {}, {form: {} for form in FORMS}
         for form in FORMS:
             torch.manual_seed(0)
             distiller = Distiller(copy.deepcopy(self.student), TaskLoss(0.4), self.methods(options)).to(self.device)
@@ -352,8 +362,14 @@ class Bench:
             training, distiller, teacher = trainings[form]
 
             def step(batches):
+                hooks = [] if first[form] else [
+                    p.register_post_accumulate_grad_hook(lambda p, name=name: first[form].update({name: p.grad.clone()}))
+                    for name, p in distiller.named_parameters() if p.requires_grad
+                ]  # fmt: skip
                 with context():
                     engine.train_step(training, distiller, teacher, [batches[form]], training.record)
+                for hook in hooks:
+                    hook.remove()
                 return training.record.rows[-1]
 
             return step
@@ -363,11 +379,15 @@ class Bench:
             return ({"ours": batch, "plain": replace(batch, image=batch.image.contiguous())},)
 
         def error(ours, theirs):  # the first step alone begins with equal weights
-            first = [trainings[form][0].record.rows[0] for form in ("ours", "plain")]
-            return relative(first[0][0], first[1][0]), relative(first[0][-1], first[1][-1])
+            assert first["ours"].keys() == first["plain"].keys()
+            value, other = (trainings[form][0].record.rows[0][0] for form in FORMS)
+            return relative(value, other), relative(*(torch.cat([gradient.flatten() for gradient in first[form].values()]) for form in FORMS))
 
         forms = {"ours": run("ours", nullcontext), "plain": run("plain", plain.forms)}
-        return compare(self.machine, self.row("step", arm.name, self.amp), forms, inputs, self.step_repeats, error)
+        _, distiller, teacher = trainings["ours"]
+        # weights of the teacher; of what is trained, weights and momentum read and written and gradients written and read
+        size = bytes_of(teacher.model.parameters()) + 6 * bytes_of(p for p in distiller.parameters() if p.requires_grad)
+        return compare(self.machine, self.row("step", arm.name, self.amp), forms, inputs, self.step_repeats, error, lambda given: size)
 
     def task(self) -> list[Row]:
         """Cross-entropy with the upsampling, forward and backward."""
@@ -409,7 +429,7 @@ class Bench:
             forms = {"ours": run, "plain": as_trained}
             rows.append(compare(
                 self.machine, self.row("teacher", name, "bf16" if dtype else "off"), forms, lambda number: (self.batch(number),), self.step_repeats,
-                lambda a, b: (relative(a, b), differ(a.argmax(1), b.argmax(1))[1]),
+                lambda a, b: (relative(a, b), differ(a.argmax(1), b.argmax(1))[1]), lambda given, ours=ours: bytes_of(ours.model.parameters()),
             ))  # fmt: skip
         return rows
 
@@ -477,15 +497,19 @@ class Bench:
             forms[f"front, {kind} mask"] = (
                 front("ours", partial(projection.front, mask=mask)), front("plain", partial(projection.plain_front, mask=mask)),
             )
+        rows, columns = (length // max(options.pool, 1) // options.patch for length in side)
+        numbers = self.teacher.channels["c4"] * options.groups * options.patch**4  # differences of the cells of a patch
+        sums = 2 * self.shape.batch * rows * columns * numbers
         return [
-            compare(self.machine, self.row("piece", name, self.amp), {"ours": ours, "plain": other}, inputs, self.step_repeats, error)
+            compare(self.machine, self.row("piece", name, self.amp), {"ours": ours, "plain": other}, inputs, self.step_repeats, error,
+                    lambda given: 3 * bytes_of([given[0]["ours"][1]]), sums if name == "contrast" else 0)
             for name, (ours, other) in forms.items()
         ]  # fmt: skip
 
     def loader(self) -> list[Row]:
-        """A training sample from a PNG of the data set's size to the arrays that are sent to the device, on the host; and decoding alone,
-        and from decoded pictures. Timed over IN_A_ROW samples, one after the other as a loader makes them. The gradient error is the share
-        of labels that differ, the value error that of the picture."""
+        """A training sample from a PNG of the data set's size to the arrays that are sent to the device, on the host, and from decoded
+        pictures; then what bounds each, decoding and scaling alone. Timed over IN_A_ROW samples, one after the other as a loader makes
+        them. The gradient error is the share of labels that differ, the value error that of the picture."""
         rows, augment = [], Augment(self.shape.crop)
         with tempfile.TemporaryDirectory() as folder:
             for kind in ("train", "trainannot"):
@@ -507,6 +531,14 @@ class Bench:
                 image, label = pictures.items[index].files()
                 return read_image(image), read_label(label)
 
+            def scale(index, position):
+                image, _ = arrays[index]
+                height, width = image.shape[:2]
+                drawn = draw(np.random.default_rng([0, position]), height, width, augment)
+                return image_region(image, drawn.scale, *drawn.box(height, width))
+
+            arrays = [decode(index, 0) for index in range(len(pictures.items))]
+
             def in_a_row(form):
                 return lambda first: [form(number % 4, number) for number in range(first, first + IN_A_ROW)]
 
@@ -521,8 +553,8 @@ class Bench:
 
             host = copy.copy(self.machine)
             host.device = torch.device("cpu")
-            for name, form in (("sample", load(pictures)), ("sample, cached", load(kept)), ("decoding alone", decode)):
-                forms = {"ours": in_a_row(form)} | ({"plain": in_a_row(as_published)} if form is not decode else {})
+            for name, form in (("sample", load(pictures)), ("sample, cached", load(kept)), ("decoding alone", decode), ("scaling alone", scale)):
+                forms = {"ours": in_a_row(form)} | ({"plain": in_a_row(as_published)} if name.startswith("sample") else {})
                 row = compare(host, self.row("loader", name), forms, lambda number: (IN_A_ROW * number,), self.repeats, error)
                 row.ms, row.plain_ms = row.ms / IN_A_ROW, row.plain_ms and row.plain_ms / IN_A_ROW
                 row.peak = row.plain_peak = row.operations = row.blocks = None  # arrays, of which torch knows nothing
@@ -639,7 +671,8 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=names, help="crop and batch of these data sets (default: all)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD[:flag=value,...]", help="some methods alone, with flags of train_kd.py, a switch "
                         "as in icsd:icsd-upsample= (default: all); kd comes with them")  # fmt: skip
-    parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="of losses, pieces and steps, in both forms")
+    parser.add_argument("--amp", nargs="+", choices=("off", "bf16"), default=("off",), help="of losses, pieces and steps, in both forms, one after "
+                        "the other (default: off)")  # fmt: skip
     parser.add_argument("--repeats", type=int, help="after the warm-up (default: 9)")
     parser.add_argument("--step-repeats", type=int, help="of steps, pieces and teachers (default: a third of --repeats)")
     parser.add_argument("--output", help="folder of table.md and rows.json (default: results/bench_MACHINE; with --quick none)")
@@ -659,7 +692,7 @@ def check(options: argparse.Namespace) -> None:
     if options.methods and not {"loss", "step"} & set(options.parts):
         raise ValueError(f"--methods: --parts {' '.join(options.parts)} has no method in it; drop it, or add loss or step")
     readers_of = {"--amp": ("piece", "loss", "step"), "--step-repeats": ("piece", "step", "teacher")}
-    for (flag, readers), given in zip(readers_of.items(), (options.amp != "off", options.step_repeats), strict=True):
+    for (flag, readers), given in zip(readers_of.items(), ("bf16" in options.amp, options.step_repeats), strict=True):
         if given and not {*readers} & set(options.parts):
             raise ValueError(f"{flag}: --parts {' '.join(options.parts)} does not read it; drop it, or add {' or '.join(readers)}")
     options.repeats = 1 if options.quick else 9 if options.repeats is None else options.repeats
@@ -704,14 +737,17 @@ def measure(options: argparse.Namespace, machine: Machine, results: Results) -> 
     start = time.monotonic()
     of_methods = [part for part in PARTS if part in options.parts and part in ("loss", "step")]
     others = [part for part in PARTS if part in options.parts and part not in of_methods]
-    total = len(options.shapes) * (len(others) + len(of_methods) * len(options.arms))
+    in_precisions = [part for part in others if part == "piece"]
+    amps = list(dict.fromkeys(options.amp))
+    once = len(others) - len(in_precisions)
+    total = len(options.shapes) * (once + len(amps) * (len(in_precisions) + len(of_methods) * len(options.arms)))
     done = 0
 
     def measured(bench, part, arm=None):
         """The rows of a part, of a method where there is one, unless they are there; a line of how far it is."""
         nonlocal done
         done += 1
-        there = results.has(part, arm.name if arm else None, bench.shape_name, options.amp if arm or part == "piece" else None)
+        there = results.has(part, arm.name if arm else None, bench.shape_name, bench.amp if arm or part in in_precisions else None)
         if not there:
             new = getattr(bench, {"teacher": "teacher_forms"}.get(part, part))(*([arm] if arm else []))
             new = [new] if arm else new
@@ -723,12 +759,13 @@ def measure(options: argparse.Namespace, machine: Machine, results: Results) -> 
 
     print(table([]))
     for shape in options.shapes:
-        bench = Bench(shape, machine, options.repeats, options.step_repeats, options.amp)
-        for part in others:
-            measured(bench, part)
-        for part in of_methods:
-            for arm in options.arms:
-                measured(bench, part, arm)
+        for amp in amps:
+            bench = Bench(shape, machine, options.repeats, options.step_repeats, amp)
+            for part in others if amp == amps[0] else in_precisions:
+                measured(bench, part)
+            for part in of_methods:
+                for arm in options.arms:
+                    measured(bench, part, arm)
 
 
 if __name__ == "__main__":

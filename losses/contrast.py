@@ -236,13 +236,25 @@ def compiled_distances(patches: int, cells: int, width: int, l1: bool, dtype: to
     return kernel
 
 
+@functools.cache
 def triton_tile(device: torch.device):
-    """What a GPU runs instead of `plain_tile`; None on a CPU and without Triton."""
+    """What a GPU runs instead of `plain_tile`; None on a CPU, without Triton, and, with a line in the log, where the kernel fails."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from losses._contrast_triton import tile
 
-    return tile
+    return tile if runs(tile, device) else None
+
+
+def runs(tile, device: torch.device) -> bool:
+    """Whether the kernel can be compiled and started, for one patch of 4x4 pixels in 16 groups."""
+    cells = torch.zeros(1, 256, 128, device=device)
+    try:
+        tile(cells, cells, excluded_cells(16, 16, "released", device), 1.0, True, True)
+    except Exception as error:  # no C compiler, a GPU that Triton does not know, one with too little memory in its cores
+        logger.warning("Af-DCD's contrast runs without its Triton kernel and takes longer (%s: %s)", type(error).__name__, str(error).split("\n")[0])
+        return False
+    return True
 
 
 def cell_view(x: Tensor, patch: int, groups: int) -> Tensor:

@@ -8,7 +8,9 @@ from losses.projection import centre_mask, random_mask
 from tests import reference
 
 
-@pytest.mark.parametrize("form,front", [("plain", "plain"), ("auto", "folded"), ("auto", "visible")])
+@pytest.mark.parametrize("form,front", [
+    ("plain", "plain"), ("auto", "folded"), ("auto", "visible"), pytest.param("fused", "folded", marks=pytest.mark.slow),  # compiled
+])  # fmt: skip
 @pytest.mark.parametrize("name", reference.names("afdcd/"))
 def test_released_values(monkeypatch, name, form, front):
     monkeypatch.setattr(projection, "front_costs", lambda *arguments: {front: 0})

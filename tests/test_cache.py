@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -466,6 +467,19 @@ def kept_on_rank():
     return [sum("decoding" in line for line in lines), [int(fields[4]) for fields in maps], total, descriptors, failure]
 
 
+def kept_in_a_file(data):
+    """Whether this rank built the file; what it reads is what the pictures hold."""
+    told = keep(data, rank=distributed.rank(), leader=distributed.leader(), gather=distributed.gather_text)
+    assert_decoded(told, data)
+    return told.built
+
+
+def test_the_ranks_of_a_node_share_one_file(data, tmp_path):
+    for built in (True, False):  # the second start finds the file
+        assert on_ranks(partial(kept_in_a_file, data), 2, tmp_path / "console.txt") == [built, False]
+    assert [path.name for path in (data / cache.FOLDER).iterdir() if path.suffix == ".cache"] == [file_of(data).name]
+
+
 @linux
 def test_the_ranks_of_a_node_share_one_copy(tmp_path):
     (built, maps, total, descriptors, failure), other = on_ranks(kept_on_rank, 2, tmp_path / "console.txt")
@@ -489,6 +503,12 @@ def test_a_training_does_not_depend_on_the_cache(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------- the loader
+
+
+@pytest.mark.parametrize("device,workers", [("cpu", 0), ("cuda", 2)])
+def test_workers_stay_and_batches_for_a_gpu_are_pinned(device, workers):
+    loader = build_loader(build_dataset("shapes", None, "val"), EvalSampler(64), workers=workers, device=device)
+    assert (loader.persistent_workers, loader.pin_memory) == (workers > 0, device == "cuda")
 
 
 def load_for_ever(connection) -> None:

@@ -256,6 +256,14 @@ def test_compiled_is_plain(warnings):
         assert (ours - plain).norm() < 1e-4 * plain.norm()
 
 
+def test_a_kernel_that_fails_is_not_used(warnings):
+    def broken(*arguments):
+        raise RuntimeError("ptxas fatal: no kernel for sm_999\nand much more")
+
+    assert not module.runs(broken, torch.device("cpu")) and module.runs(lambda *arguments: None, torch.device("cpu"))
+    assert warnings == ["Af-DCD's contrast runs without its Triton kernel and takes longer (RuntimeError: ptxas fatal: no kernel for sm_999)"]
+
+
 INTERPRETED = """
 import torch
 from losses import _contrast_triton, contrast as module
@@ -272,6 +280,10 @@ for negatives in ("released", "omni", "channel", "spatial"):
         assert plain.norm() > 0 and (ours - plain).norm() < 2e-6 * plain.norm(), (negatives, distance)
 with torch.no_grad():
     torch.testing.assert_close(module.contrast(generated, teacher, 0, 2, 3, form="fused"), module.contrast(generated, teacher, 0, 2, 3, form="plain"))
+generated, teacher = torch.randn(1, 128, 4, 4, requires_grad=True), torch.randn(1, 128, 4, 4)  # a patch as published: 256 cells in 8 programs
+plain, ours = (torch.autograd.grad(module.contrast(generated, teacher, 0, tau=5.0, form=form), generated)[0] for form in ("plain", "fused"))
+assert (ours - plain).norm() < 2e-6 * plain.norm()
+generated, teacher = torch.randn(1, 6, 5, 4, requires_grad=True), torch.randn(1, 6, 5, 4)
 _contrast_triton.DISTANCES = 32  # several programs per patch, the last one with fewer anchors
 losses, gradient = _contrast_triton.tile(*(x.flatten(2).mT.detach() for x in (generated, teacher)), None, 0.3, True, True)
 whole = module.plain_tile(*(x.flatten(2).mT.detach() for x in (generated, teacher)), None, 0.3, True, True, module.distances)

@@ -138,6 +138,45 @@ def test_memory_formats_of_a_training(tmp_path, monkeypatch, flags, instructions
     assert seen == [student, teacher]
 
 
+@pytest.mark.parametrize("amp,dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_and_compile_reach_both_networks(tmp_path, monkeypatch, amp, dtype):
+    """With a compiler that does nothing but count: one pass of each network per step, none of them in a validation."""
+    save_model(tmp_path / "teacher.pth")
+    given = ["--method", "kd", "--teacher-checkpoint", str(tmp_path / "teacher.pth"), *TINY_STUDENT, *RUN, "--max-iterations", "2", "--workers", "0"]
+    modes, passes, teachers, marks, build = [], [], [], [], session.frozen_teacher
+
+    def compile(function, **options):
+        modes.append(options)
+        return lambda *arguments: (passes.append(function.__self__), function(*arguments))[1]
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(session, "check_compile", lambda *given: modes.append(given[0]))
+    monkeypatch.setattr(session, "frozen_teacher", lambda *given: teachers.append(build(*given)) or teachers[0])
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    options = train_options([*given, "--amp", amp, "--compile", "default", "--save-dir", str(tmp_path / "run")], distil=True, description="")
+    session.train(options, CPU)
+    assert modes == ["default", *2 * [{"mode": "default", "dynamic": False}]] and len(marks) == 2
+    (teacher,) = teachers
+    assert passes[0] is passes[2] is teacher.model and passes[1] is passes[3] is not teacher.model and len(passes) == 4
+    modules = [*teacher.model.modules()]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules)
+    assert {module.weight.dtype for module in modules if isinstance(module, nn.Conv2d)} == {dtype}
+
+
+@pytest.mark.parametrize("flags", [(), ("--optimizer", "adamw")])
+def test_optimizers_are_fused(tmp_path, flags):
+    training, _, _ = prepared(tmp_path, *flags)
+    assert [group["fused"] for group in training.optimizers["student"].param_groups] == [True]
+
+
+def test_batches_are_copied_without_waiting(tmp_path, monkeypatch):
+    seen, to = [], Batch.to
+    monkeypatch.setattr(Batch, "to", lambda self, device, non_blocking=False: seen.append(non_blocking) or to(self, device, non_blocking))
+    training, teacher, run = prepared(tmp_path)
+    assert fit(training, teacher, batches(), run, scores)
+    assert seen == 10 * [True]
+
+
 def test_poly_lr():
     assert poly_lr(0.02, 0) == 0.02 and poly_lr(0.02, 1) == 0
     assert poly_lr(0.02, 0.5) == pytest.approx(0.02 * 0.5**0.9)
@@ -641,13 +680,13 @@ def networks():
     return student, fold_batchnorm(teacher, tuple(teacher.channels))[0]
 
 
-def a_step(name, device=CPU):
+def a_step(name, device=CPU, *flags):
     """() -> None, one step of a training with the method, on the device."""
-    options = train_options(["--method", name, *SMALL, "--save-dir", "unused"], distil=True, description="")
+    options = train_options(["--method", name, *SMALL, *flags, "--save-dir", "unused"], distil=True, description="")
     student, teacher = map(deepcopy, networks())
     setup = Setup(student.channels, teacher.channels, 5, (64, 64), 2, "shapes", teacher_norms=teacher.norms)
-    distiller = Distiller(student, TaskLoss(0.4), build_methods(options.methods, setup)).to(device)
-    frozen = Teacher(teacher.to(device), distiller.teacher_needs)
+    distiller = Distiller(student, TaskLoss(0.4, kind=options.task_loss), build_methods(options.methods, setup)).to(device)
+    frozen = Teacher(teacher.to(device), distiller.teacher_needs, dtype=engine.AMP[options.amp])
     training = Training(distiller, build_optimizers(distiller, options), options, device)
     image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     batch = Batch(image, image[:, 0] // 64, ["a", "b"]).to(device)
@@ -663,6 +702,15 @@ def test_nothing_is_read_back_between_log_lines(name):
     with Watch() as watch:
         step()
     assert set(watch.blocks) <= on_a_cpu_alone and watch.operations > 100
+
+
+@pytest.mark.parametrize("flags", [("--amp", "bf16"), ("--task-loss", "ohem"), ("--optimizer", "adamw")], ids=" ".join)
+def test_nothing_is_read_back_whatever_the_options(flags):
+    step = a_step("kd", CPU, *flags)
+    step()  # a teacher in bfloat16 reads its agreement with float32 once
+    with Watch() as watch:
+        step()
+    assert watch.blocks == [] and watch.operations > 100
 
 
 def test_a_read_in_a_step_is_seen(monkeypatch):

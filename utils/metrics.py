@@ -242,7 +242,7 @@ def evaluate(model, loader, num_images: int, spec, device, inference=Inference()
                 if batch is None:
                     continue
                 seen += len(batch)
-                batch = batch.to(device)
+                batch = batch.to(device, non_blocking=True)
                 with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                     prediction = inference(model, model_input(model, batch))
                 if labelled:

@@ -41,6 +41,10 @@ size is resized to the student's (bilinear, align_corners=False); labels go to t
 "Parameters" are what the method adds during training for DeepLabV3-ResNet101 -> DeepLabV3-ResNet18 with {classes} classes. "Cost" is the time
 of the loss, forward and backward, beside that of plain KD: {machine}. The forward passes of student and teacher come on top of it and
 are the same for all.
+
+A term is a mean over images, the same however a step's images are divided among ranks and micro-batches, unless a method says otherwise
+below: pairs of images, correlations over a batch and means over labelled pixels are computed from the images of one rank and micro-batch
+(with `--sp-gather` and `--cirkd-gather`: of all ranks). The log of a training names such terms where there are several ranks or micro-batches.
 """
 
 
@@ -72,6 +76,8 @@ def page(costs: dict) -> str:
 def section(name: str, method) -> str:
     """One method: what it computes, its source, its options with the defaults of every data set."""
     lines = [f"## {name}", "", f"**{method.title}**. {method.paper}. <{method.url}>", "", inspect.cleandoc(method.__doc__), ""]
+    if method.over_batch:
+        lines += [f"No mean over images, see above: {', '.join(f'`{term}`' for term in method.over_batch)}.", ""]
     lines += ["| flag | default | data sets | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(method.Options):
         meta = field.metadata

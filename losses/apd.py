@@ -30,6 +30,7 @@ class APD(Method):
     title = "Adaptive perspective distillation"
     paper = "Tian, Chen, Lai, Jiang, Liu, Zhao, Yu, Yang, Jia: Adaptive Perspective Distillation for Semantic Segmentation, TPAMI 2022"
     url = "https://github.com/dvlab-research/APD"
+    over_batch = dict.fromkeys(("similarity", "centroid", "adaptor"), "rank")  # centroids of classes
 
     @dataclass(frozen=True)
     class Options:

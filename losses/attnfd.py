@@ -29,6 +29,7 @@ class AttnFD(Method):
     title = "Attention-guided feature distillation"
     paper = "Mansourian, Jalali, Ahmadi, Kasaei: Attention-guided Feature Distillation for Semantic Segmentation, 2024"
     url = "https://arxiv.org/abs/2403.05451"
+    over_batch = {"attnfd": "rank"}  # the norm of a batch
 
     @dataclass(frozen=True)
     class Options:

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import operator
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar
 from zlib import crc32
 
@@ -85,6 +86,10 @@ class Method(nn.Module):
             sets `self.needs` in `__init__`.
         grad_clip: largest L2 norm of the gradient of this method's own parameters, None for no clipping.
         min_batch: fewest images, of all ranks together, among which the method has something to compare; fewer are refused.
+        over_batch: the terms that are no mean over images (pairs of images, correlations, counts of labelled pixels), each with whose
+            images one value is computed from: "rank", a micro-batch on one rank, or "ranks", the same on all ranks. With another
+            number of ranks or micro-batches such a term is another loss. A method in which it depends on the options sets
+            `self.over_batch` in `__init__`.
 
     `forward` gets the student's and the teacher's `SegOutput` (the teacher's tensors carry no gradient) and the `Batch` (target
     (B, H, W) uint8 with 255 = ignore, progress of the training in [0, 1]). It returns every active term, each a finite scalar
@@ -99,6 +104,7 @@ class Method(nn.Module):
     needs: tuple[str, ...] = ("logits",)
     grad_clip: float | None = None
     min_batch: int = 1
+    over_batch: dict[str, str] = MappingProxyType({})
 
     @dataclass(frozen=True)
     class Options:
@@ -134,6 +140,11 @@ class Method(nn.Module):
     def active(self, term: str) -> bool:
         """Whether the term has a weight other than 0."""
         return term in self.weights
+
+    def divided(self, ranks: int, micro_batches: int) -> list[str]:
+        """The active terms that are another loss than with a whole step's images on one rank, see `over_batch`."""
+        parts = {"rank": ranks * micro_batches, "ranks": micro_batches}
+        return [term for term, images in self.over_batch.items() if self.active(term) and parts[images] > 1]
 
     def leave_out(self, term: str, why: str) -> None:
         """Leave out a term that these networks cannot have, whatever its weight; the log says so.

@@ -66,6 +66,9 @@ class CIRKD(Method):
     def __init__(self, options, setup):
         super().__init__(options, setup)
         features = [term for term in self.weights if term != "kd"]
+        # pairs of images; means over drawn and labelled pixels, beside what earlier steps have left in the queues
+        pairs = "ranks" if options.gather else "rank"
+        self.over_batch = {term: pairs if "minibatch" in term else "rank" for term in self.terms() if "minibatch" in term or "memory" in term}
         self.needs = ("logits",) * self.active("kd") + ("head",) * bool(features)
         self.queues = build_queues(self.name, self.queue_shapes(), setup.seed, options.memory_limit_mib)
         self.remembers = [kind for kind in ("pixel", "region") if kind in self.queues]

@@ -23,6 +23,7 @@ class DIST(Method):
     title = "Distillation from a stronger teacher"
     paper = "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
     url = "https://arxiv.org/abs/2205.10536"
+    over_batch = {"logits": "rank", "aux": "rank"}  # correlations over all pixels
 
     @dataclass(frozen=True)
     class Options:

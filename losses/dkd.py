@@ -23,6 +23,7 @@ class DKD(Method):
     title = "Decoupled knowledge distillation"
     paper = "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022"
     url = "https://arxiv.org/abs/2203.08679"
+    over_batch = {"tckd": "rank", "nckd": "rank"}  # means over labelled pixels
 
     @dataclass(frozen=True)
     class Options:

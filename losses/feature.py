@@ -35,6 +35,8 @@ class FeatureKD(Method):
     def __init__(self, options, setup):
         super().__init__(options, setup)
         self.needs = (options.feature,)
+        if options.distance == "standardised":
+            self.over_batch = {self.name: "rank"}  # statistics of a batch
         student, teacher = setup.student[options.feature], setup.teacher[options.feature]
         # (B, Cs, h, w) -> (B, Ct, h, w)
         self.projector = nn.Conv2d(student, teacher, 1)

@@ -30,6 +30,7 @@ class FreeKD(Method):
     title = "Distillation with semantic frequency prompts"
     paper = "Zhang, Huang, Liu, Jiang, Cheng, Zhang: FreeKD: Knowledge Distillation via Semantic Frequency Prompt, CVPR 2024"
     url = "https://arxiv.org/abs/2311.12079"
+    over_batch = {"prompt": "rank"}  # a mean over labelled pixels
 
     @dataclass(frozen=True)
     class Options:

@@ -45,6 +45,11 @@ class ICSD(Method):
         upsample: bool = option(False, "compare logits that are upsampled to the labels' size")
         temperature: float = option(1.0, "softmax temperature of both terms", above=0)
 
+    def __init__(self, options, setup):
+        super().__init__(options, setup)
+        if options.form == "released":
+            self.over_batch = {"ics": "rank"}  # divided by the number of images
+
     def forward(self, student, teacher, batch):
         options, terms = self.options, {}
         teacher_logits, student_logits = resize_like(teacher.logits, student.logits), student.logits

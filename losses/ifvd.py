@@ -28,6 +28,7 @@ class IFVD(Method):
     title = "Intra-class feature variation distillation"
     paper = "Wang, Zhou, Jiang, Bai, Xu: Intra-class Feature Variation Distillation for Semantic Segmentation, ECCV 2020"
     url = "https://github.com/YukangWang/IFVD"
+    over_batch = {"adversarial": "rank", "critic": "rank"}  # norms of the critic, which every pass changes
 
     @dataclass(frozen=True)
     class Options:

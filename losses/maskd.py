@@ -31,6 +31,7 @@ class MasKD(Method):
     title = "Masked distillation with receptive tokens"
     paper = "Huang, Zhang, You, Wang, Qian, Cao, Xu: Masked Distillation with Receptive Tokens, ICLR 2023"
     url = "https://arxiv.org/abs/2205.14589"
+    over_batch = {"mask": "rank"}  # a mean over labelled pixels
 
     @dataclass(frozen=True)
     class Options:

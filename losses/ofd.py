@@ -44,6 +44,8 @@ class OFD(Method):
             norm = setup.teacher_norms.get(stage)
             # no part of checkpoints: it follows from the teacher
             self.register_buffer(f"margin_{stage}", None if norm is None else expected_negative(*norm), persistent=False)
+        if not STAGES.keys() <= setup.teacher_norms.keys():
+            self.over_batch = {self.name: "rank"}  # means over a batch in place of the margins
 
     def forward(self, student, teacher, batch):
         total = 0.0

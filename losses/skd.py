@@ -27,6 +27,7 @@ class SKD(Method):
     title = "Structured knowledge distillation"
     paper = "Liu, Chen, Liu, Qin, Luo, Wang: Structured Knowledge Distillation for Semantic Segmentation, CVPR 2019"
     url = "https://arxiv.org/abs/1903.04197"
+    over_batch = {"adversarial": "rank", "critic": "rank"}  # norms of the critic, which every pass changes
 
     @dataclass(frozen=True)
     class Options:

@@ -34,6 +34,7 @@ class SP(Method):
     def __init__(self, options, setup):
         super().__init__(options, setup)
         self.needs = (options.feature,)
+        self.over_batch = {self.name: "ranks" if options.gather else "rank"}  # pairs of images
         if not options.gather and setup.global_batch < 2 * distributed.world():
             raise ValueError(
                 f"--no-{self.name}-gather: {setup.global_batch} images on {distributed.world()} ranks leave one per rank, with no other to compare; "

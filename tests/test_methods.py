@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -106,6 +107,63 @@ def test_single_terms(name, term):
     assert set(terms) == {term}
     total.backward()
     assert all(p.grad is not None for p in method.parameters())
+
+
+def change_by_halves(method) -> float:
+    """Relative change of the gradients of a method on four images when it gets two and two of them."""
+    for module in method.double().modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()  # on CPUs it normalises per rank, whatever the loss does
+    maps = [{key: x.detach().double() for key, x in tensors(channels, 4, (16, 16), method.needs, seed).items()}
+            for channels, seed in ((CHANNELS, 1), (WIDE, 2))]  # fmt: skip
+    gradients = []
+    for parts in (1, 2):
+        divided = deepcopy(method)  # with the queues that it starts from
+        student = {key: x.clone().requires_grad_() for key, x in maps[0].items()}
+        for part in range(parts):
+            own = slice(part * 4 // parts, (part + 1) * 4 // parts)
+            batch = reference.batch_of(labels(4, (16, 16))[own])
+            batch.offset, batch.global_size = own.start, 4
+            outputs = [reference.outputs({key: x[own] for key, x in given.items()}) for given in (student, maps[1])]
+            (sum(divided(*outputs, batch).values()) / parts).backward()
+        leaves = [*student.values(), *divided.parameters()]
+        gradients.append(torch.cat([torch.zeros_like(x).flatten() if x.grad is None else x.grad.flatten() for x in leaves]))
+    whole, halves = gradients
+    assert whole.norm() > 0
+    return ((halves - whole).norm() / whole.norm()).item()
+
+
+@pytest.mark.parametrize("name,term", [(name, term) for name, method in METHODS.items() for term in method.terms()])
+def test_images_that_are_computed_together_are_declared(name, term):
+    """Halves of a batch have the gradient of the whole exactly where `over_batch` does not name the term."""
+    zero = {METHODS[name].weight_field(other): 0.0 for other in METHODS[name].terms() if other != term}
+    method = make(name, CHANNELS, WIDE, 4, (16, 16), **zero, **{METHODS[name].weight_field(term): 1.0})
+    change = change_by_halves(method)
+    assert change > 1e-4 if term in method.over_batch else change < 1e-6
+
+
+@pytest.mark.parametrize("name,given", [
+    ("icsd", {"form": "released", "kd_weight": 0.0}), ("aicsd", {"form": "released", "kd_weight": 0.0}), ("feature", {"distance": "standardised"}),
+])  # fmt: skip
+def test_options_that_make_a_loss_one_of_the_batch(name, given):
+    method = make(name, CHANNELS, WIDE, 4, (16, 16), **given)
+    assert len(method.over_batch) == 1 and change_by_halves(method) > 1e-4
+
+
+def test_ofd_has_margins_of_the_teachers_norms():
+    norms = {stage: (torch.rand(WIDE[stage]) + 0.5, torch.rand(WIDE[stage])) for stage in ("p1", "p2", "p3", "p4")}
+    options, _ = resolve(METHODS["ofd"], "shapes", {})
+    for given, terms in ((norms, {}), ({"p4": norms["p4"]}, {"ofd": "rank"})):
+        method = METHODS["ofd"](options, Setup(CHANNELS, WIDE, CLASSES, (128, 128), 4, teacher_norms=given))
+        assert dict(method.over_batch) == terms and (change_by_halves(method) > 1e-4) == bool(terms)
+
+
+def test_what_a_division_changes():
+    """Pairs of the images of all ranks are those of one rank, but not of two micro-batches."""
+    method = make("cirkd", CHANNELS, WIDE, 4, (16, 16), gather=True, memory_region_weight=0.0)
+    assert method.divided(1, 1) == [] and method.divided(2, 1) == ["memory_pixel"] and method.divided(1, 2) == ["minibatch_pixel", "memory_pixel"]
+    assert make("cirkd", CHANNELS, WIDE, 4, (16, 16)).divided(2, 1) == ["minibatch_pixel", "memory_pixel", "memory_region"]
+    assert make("kd", CHANNELS, WIDE, 4, (16, 16)).divided(2, 2) == []
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -371,6 +371,10 @@ def describe(distiller: Distiller, teacher, sizes: dict, options: Options, devic
         lines.append(f"the methods add {extra / 1e6:.2f} M parameters during training")
     world = distributed.world()
     lines.append(f"{options.batch_size} images per step" + (f" on {world} ranks" if world > 1 else ""))
+    for name, method in distiller.methods.items():
+        if divided := method.divided(world, options.accumulate):
+            lines.append(f"{name}: of the images of one rank and micro-batch, not of the whole step: {', '.join(divided)}; with another number "
+                         f"of ranks or another --accumulate it is another loss")  # fmt: skip
     if world > 1 and device.type == "cpu":
         lines.append("BatchNorm normalises per rank: SyncBatchNorm exists on GPUs only")
     return "\n".join(lines)

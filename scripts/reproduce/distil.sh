@@ -6,7 +6,7 @@
 #             release; "imagenet" takes torchvision's, for MobileNets and the *_vanilla backbones; "none" starts from scratch)
 #   STUDENT   a whole student to start from               SAVE_DIR    folder of the run, default runs/reproduce/<name of the script>
 #   LOSS_NORM local averages the cross-entropy per process as the released code does, global over all processes (exact)
-#   GPUS      processes; the published runs of the CIRKD line used 8 (batch 16 in all). With fewer GPUs pass --accumulate to keep the batch.
+#   GPUS      processes; the published runs of the CIRKD line used 8 (batch 16 in all). --batch-size stays; --accumulate where memory is short.
 #
 # The student alone whose figure a recipe quotes is trained by student_*.sh, the teacher by teacher_*.sh, where their settings are known.
 # What a recipe may set besides: OPTIMIZER (sgd), LR_FLOOR (0), AUX_WEIGHT (0.4), NORMALIZATION (caffe-bgr), HEAD_WIDTH (the published one).

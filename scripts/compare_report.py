@@ -273,13 +273,14 @@ def notes(content: dict) -> list[str]:
     """What has to be known to read the main table."""
     done = next(run for run in content["runs"] if run["done"])
     classes, heads = content["scored"], len(content["classes"])
+    others = ", ".join(dict.fromkeys(run["arm"] for run in content["runs"] if run["run_seed"] != run["seed"]))
     lines = [
         f"mIoU in percent over {classes} classes{f' (of a head with {heads})' if classes != heads else ''} on {content['split']}, "
         f"{done['images']} pictures. Last: the student after the last step, nothing selected; every verdict is about it. Best: the "
         f"checkpoint with the highest mIoU on {content['selected_on']}.",
         f"Budget of every training: {content['budget']} on {content['processes']} process{'es' if content['processes'] > 1 else ''}. Same "
-        f"pictures in the same order and same initial student for all arms of a seed. Seconds are of training alone, without validation, "
-        f"checkpoints and the first five steps of a process; cost: median over the seeds.",
+        f"pictures in the same order and same initial student for all arms of a seed{' with the same seed-offset' if others else ''}. Seconds "
+        f"are of training alone, without validation, checkpoints and the first five steps of a process; cost: median over the seeds.",
         f"Memory: {done['cost']['peak_memory_of']}. Extra M: millions of weights that a method adds during the training. GMAC: forward pass of "
         f"student and teacher, one crop, without the method's own arithmetic.",
     ]
@@ -290,6 +291,11 @@ def notes(content: dict) -> list[str]:
     else:
         lines.append(f"Differences are paired by seed, with a {LEVEL:.0%} interval of Student's t. p values are adjusted after Holm over all "
                      f"comparisons of this report ({len(content['verdicts'])}); the intervals are not: one without 0 may be undecided.")  # fmt: skip
+    if others:
+        lines.append(f"Arms with other seeds (seed-offset): {others}. Differences from arms of another offset are paired by nominal seed alone, "
+                     "which gains nothing: the order of the pictures, their crops and the initial student differ."
+                     + (" Intervals and p values are valid where the two arms share no seed, as independent samples may be paired in any order."
+                        if len(content["seeds"]) > 1 else ""))  # fmt: skip
     if content["search"]:
         s = content["search"]
         ranges = ", ".join(f"{name} (the recipe's times 1/{reach:g} to {reach:g})" for name, reach in s["tune"].items())

@@ -105,7 +105,7 @@ def test_grouped():
 @pytest.mark.parametrize(
     ("arm", "flags", "message"),
     [
-        ("kd", ["--learnrate", "1"], "kd, seed 0: unknown option --learnrate; --help lists all"),
+        ("kd", ["--learnrate", "1"], "kd, seed 0: unknown option --learnrate; --method kd --help lists all"),
         ("none", ["--kd-temperature", "1", "--lr", "x"], "none, seed 0: argument --lr: invalid float value: 'x'"),
         ("kd:cwd-logits-weight=1", [], "kd:cwd-logits-weight=1, seed 0: --cwd-logits-weight belongs to cwd"),
         ("afdcd:afdcd-mask=none", ["--afdcd-mask-ratio", "0.5"], "afdcd:afdcd-mask=none, seed 0: --afdcd-mask-ratio 0.5: belongs to --afdcd-mask "

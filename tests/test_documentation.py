@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import eval as evaluation
+import losses
 from dataset import prepare, shapes
 from models import build_model
 from scripts import compare, export, predict, profile, summary
@@ -165,7 +166,7 @@ def small(arguments: list[str], distil: bool) -> list[str]:
 
 @functools.cache
 def flags_of(target: str) -> set[str]:
-    """The flags that the --help of a script or module lists."""
+    """The flags that the --help of a script or module lists, of train_kd.py with every method."""
     if target.startswith("-m "):
         module = target.removeprefix("-m ")
         assert importlib.util.find_spec(module), f"there is no module {module}"
@@ -173,7 +174,7 @@ def flags_of(target: str) -> set[str]:
     else:
         run = functools.partial(runpy.run_path, str(REPOSITORY / target))
     printed, before = io.StringIO(), sys.argv
-    sys.argv = [target, "--help"]
+    sys.argv = [target, *(["--method", *losses.METHODS] if target == "train_kd.py" else []), "--help"]
     try:
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # that a module is there already

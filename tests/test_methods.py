@@ -388,7 +388,7 @@ def test_copying_a_file_makes_a_method(tmp_path):
     assert "1 my_loss/my_loss" in result.stdout
     assert re.search(r"my_loss.warmth +2 +command line", (tmp_path / "run" / "log.txt").read_text())
     assert "my_loss/my_loss" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
-    assert "--my-loss-warmth" in call("train_kd.py", "--help").stdout
+    assert "--my-loss-warmth" in call("train_kd.py", "--method", "my_loss", "--help").stdout
     again = call("train_kd.py", *flags, *student, *common, "--resume")
     assert again.returncode == 0 and "done already" in again.stdout
     refused = call("train_kd.py", "--method", "kd", "--my-loss-warmth", "2")

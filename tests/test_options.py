@@ -124,6 +124,8 @@ REFUSED = {  # script, arguments, message
     "misspelt": ("train_baseline.py", ["--max-iteration", "5"], "unknown option --max-iteration; did you mean --max-iterations?"),
     "abbreviated": ("train_baseline.py", ["--batch", "4"], "unknown option --batch; did you mean --batch-size?"),
     "nothing like it": ("train_baseline.py", ["--zzzzzzzz", "5"], "unknown option --zzzzzzzz; --help lists all"),
+    "nothing like it of a method": ("train_kd.py", ["--method", "kd", "cwd", "--zzzzzzzz"], "--zzzzzzzz; --method kd cwd --help lists all"),
+    "nothing like it of no method": ("train_kd.py", ["--method", "a\nb", "--zzzzzzzz"], "--zzzzzzzz; --method NAME --help lists all"),
     "position": ("train_baseline.py", ["camvid"], "unexpected argument 'camvid'"),
     "no value": ("train_baseline.py", ["--lr"], "argument --lr: expected one argument"),
     "no number": ("train_baseline.py", ["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
@@ -206,13 +208,26 @@ def test_scripts_end_with_status_2_and_one_line(command, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------- help
 
 
+def help_of(capsys, name: str, *arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        READERS[name]([*arguments, "--help"])
+    shown = capsys.readouterr()
+    assert end.value.code == 0 and not shown.err
+    return shown.out
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+
+
+def flags_of(*methods) -> set[str]:
+    return {METHODS[name].flag(field.name) for name in methods for field in dataclasses.fields(METHODS[name].Options)}
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_help_lists_every_option(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        READERS[name](["--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+    text = help_of(capsys, name, *(["--method", *METHODS] if name == "train_kd.py" else []))
+    flags = flags_in(text)
     known = {
         "train_baseline.py": baseline, "train_kd.py": partial(distil, "--method", "kd"),
         "eval.py": lambda: eval_options(["--checkpoint", "c", "--dataset", "shapes"], description=""),
@@ -220,7 +235,7 @@ def test_help_lists_every_option(name, capsys):
     }[name]()  # fmt: skip
     wanted = {f"--{key.replace('_', '-')}" for key in known.sources if "." not in key}
     if name == "train_kd.py":
-        wanted |= {f"--{method}-{field.name}".replace("_", "-") for method, cls in METHODS.items() for field in dataclasses.fields(cls.Options)}
+        wanted |= flags_of(*METHODS)
     assert wanted <= flags, wanted - flags
     for nonsense in ("None", "SUPPRESS", "<class", "%(", "nan", "==", "Options", "{}", "object at"):
         assert nonsense not in text, re.findall(f".*{re.escape(nonsense)}.*", text)
@@ -233,14 +248,45 @@ def test_help_lists_every_option(name, capsys):
 
 
 def test_help_shows_the_real_defaults(capsys):
-    with pytest.raises(SystemExit):
-        READERS["train_kd.py"](["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(help_of(capsys, "train_kd.py", "--method", "afdcd", "kd").split())
     assert "--afdcd-tau X temperature of the contrast (default: 0.07)" in text
     assert "--kd-temperature X softmax temperature T (default: 1)" in text
     assert "--save-interval N steps between saves of last.pth (default: 500)" in text
     assert "learning rate at the start (default: the data set's)" in text
     assert re.search(r"--afdcd-contrast-weight X .{0,120}camvid 0\.01.{0,300}with normalise mean: 0\.08", text)
+
+
+def test_help_shows_the_flags_of_the_methods_named(capsys):
+    """Without --method the general ones alone and all methods by name; --method may stand on either side of --help, and be written with =."""
+    general = help_of(capsys, "train_kd.py")
+    assert flags_in(general) & flags_of(*METHODS) == set() and len(general.splitlines()) < 250
+    assert {"--method", "--teacher-checkpoint", "--student-backbone", "--lr", "--save-dir"} <= flags_in(general)
+    for text, named in ((general, ()), (help_of(capsys, "train_kd.py", "--method", "cirkd", "kd"), ("cirkd", "kd"))):
+        assert flags_in(text) - flags_in(general) >= flags_of(*named) == flags_in(text) & flags_of(*METHODS)
+        assert re.findall(r"^(\w+): \S.*:$", text, re.M) == [*named], "a group per method named"
+        last = " ".join(text.partition("\nmethods:\n")[2].split())
+        assert last == f"{', '.join(METHODS)}. train_kd.py --method NAME --help shows the flags of the methods named."
+    for arguments, named in ((["--help", "--method", "cirkd", "kd"], ("cirkd", "kd")), (["--method=cirkd", "-h"], ("cirkd",))):
+        with pytest.raises(SystemExit):
+            READERS["train_kd.py"](arguments)
+        assert flags_in(capsys.readouterr().out) & flags_of(*METHODS) == flags_of(*named)
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("train_kd.py", "train_kd.py --method METHOD [METHOD ...] [options]"), ("train_baseline.py", "train_baseline.py [options]"),
+    ("eval.py", "eval.py --checkpoint NAME [options]"),
+    ("scripts/predict.py", "python -m scripts.predict --checkpoint NAME --input NAME --output NAME [options]"),
+])  # fmt: skip
+def test_usage_is_one_line_with_what_is_required(name, line, capsys):
+    assert help_of(capsys, name).startswith(f"usage: {line}\n\n")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--method", "afdc", "--help"], "--method afdc: did you mean afdcd? possible are "), (["-h", "--method", "kd", "kd"], "names a method twice"),
+    (["--method", "--help"], "argument --method: expected at least one argument"),
+])  # fmt: skip
+def test_help_of_no_method_is_refused(arguments, message, capsys):
+    assert message in refused(capsys, READERS["train_kd.py"], arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------------- dry run

@@ -102,6 +102,22 @@ def test_without_the_baseline_the_first_arm_is_it(tmp_path):
     assert "last - kd" in text and "- cwd > kd: +2.70" in text and "none" not in text.split("##")[0]
 
 
+def test_what_the_arms_of_a_seed_share_is_said(tmp_path):
+    """With other seeds in an arm, also a failed one, the pictures are not the same, and the pairing means less."""
+    same = "Same pictures in the same order and same initial student for all arms of a seed"
+    text = report(plan("none", "kd"), tmp_path / "same", SCORES)
+    assert f"{same}. Seconds" in text and "seed-offset" not in text and "nominal" not in text
+    arms, offset = ("none", "kd:seed-offset=100", "cwd", "cwd:seed-offset=7"), "kd:seed-offset=100, cwd:seed-offset=7"
+    scores = {arm: SCORES[arm.split(":")[0]] for arm in arms} | {arms[3]: {}}
+    text = report(plan(*arms), tmp_path / "other", scores)
+    assert f"{same} with the same seed-offset. Seconds" in text and f"{same}. " not in text
+    assert f"Arms with other seeds (seed-offset): {offset}. Differences from arms of another offset are paired by nominal seed alone" in text
+    assert "valid where the two arms share no seed, as independent samples may be paired in any order" in text
+    assert f"(seed-offset): {offset}. " in (tmp_path / "other" / "report.html").read_text()
+    text = report(plan(*arms[:2], seeds=(0,)), tmp_path / "one", scores)
+    assert "(seed-offset): kd:seed-offset=100. " in text and "Intervals and p values" not in text, "one seed has none"
+
+
 def test_a_selection_on_the_reported_split_is_said(tmp_path):
     assert "**The best checkpoint was selected on val, the reported split itself**" in report(
         plan("none", "kd"), tmp_path / "a", SCORES, split="val", selected="val")  # fmt: skip

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
+import textwrap
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -58,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, script: str, description: str):
         super().__init__(
-            prog=script, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+            prog=script, usage="%(prog)s [options]", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         self.defaults, self.recipe, self.bounds, self.required = {}, {}, {}, []
@@ -75,17 +76,25 @@ class _Parser(argparse.ArgumentParser):
         elif not {"type", "choices", "action"} & kwargs.keys() and default is not None:
             kwargs["type"] = type(default)
         shown = "the data set's" if recipe else plain_value(default)
-        if kwargs.pop("required", False):  # checked after unknown flags, which may be its misspelling
-            self.required.append((dest, name))
-        else:
-            help += f" (default: {shown})"
         if "action" not in kwargs and "choices" not in kwargs:
             kwargs.setdefault("metavar", METAVARS[kwargs["type"]])
+        if kwargs.pop("required", False):  # checked after unknown flags, which may be its misspelling
+            self.required.append((dest, name))
+            value = kwargs["metavar"] + (f" [{kwargs['metavar']} ...]" if "nargs" in kwargs else "")
+            self.usage = self.usage.replace("[options]", f"--{name} {value} [options]")
+        else:
+            help += f" (default: {shown})"
         group.add_argument(f"--{name}", *(f"--{a}" for a in aliases), dest=dest, help=help.replace("%", "%%"), **kwargs)
 
-    def add_method(self, name, method):
-        """A group with the flags of one distillation method."""
-        group = self.add_argument_group(f"{name}: {method.title}", f"{method.paper} {method.url}".strip())
+    def add_methods(self, shown) -> None:
+        """The flags of every distillation method; --help shows the groups of those in `shown`, and says how to see the others."""
+        for name, method in METHODS.items():
+            self._add_method(name, method, name in shown)
+        text = f"{', '.join(METHODS)}. {self.prog} --method NAME --help shows the flags of the methods named."
+        self.add_argument_group("methods", textwrap.fill(text, 76, break_on_hyphens=False))
+
+    def _add_method(self, name, method, shown: bool) -> None:
+        group = self.add_argument_group(*((f"{name}: {method.title}", f"{method.paper} {method.url}".strip()) if shown else ()))
         for field in dataclasses.fields(method.Options):
             meta, kwargs = field.metadata, {}
             if isinstance(field.default, bool):
@@ -96,9 +105,8 @@ class _Parser(argparse.ArgumentParser):
                 kwargs |= {"type": type(field.default), "choices": meta["choices"]}
             if "type" in kwargs and not meta["choices"]:
                 kwargs["metavar"] = METAVARS[kwargs["type"]]
-            group.add_argument(
-                method.flag(field.name), dest=f"{name}.{field.name}", help=describe_default(meta, field.default).replace("%", "%%"), **kwargs
-            )
+            help = describe_default(meta, field.default).replace("%", "%%") if shown else argparse.SUPPRESS
+            group.add_argument(method.flag(field.name), dest=f"{name}.{field.name}", help=help, **kwargs)
 
     def parse(self, argv) -> dict:
         """The values given on the command line alone."""
@@ -121,10 +129,23 @@ class _Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         meant = [name.format(method) for name in SYNONYMS.get(flag, "").split() for method in methods or ("",)]
         close = [name for name in meant if name in known] or difflib.get_close_matches(flag, known, 1)
-        return f"did you mean {close[0]}?" if close else "--help lists all"
+        if close:
+            return f"did you mean {close[0]}?"
+        named = " ".join(name for name in methods if name in METHODS) or "NAME"
+        return f"--method {named} --help lists all" if "method" in self.defaults else "--help lists all"
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _methods_to_show(parser: _Parser, argv) -> list[str]:
+    """The methods in --method, before or behind --help; with --help a wrong name is refused, and every other fault left to the parser."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", nargs="*", default=[])
+    methods = first.parse_known_args(argv)[0].method
+    if {"-h", "--help"} & set(argv):
+        fail_in_one_line(parser, lambda: _check_methods(methods))
+    return methods
 
 
 def hyphenated(token: str) -> str:
@@ -262,10 +283,11 @@ COSMETIC = {
 
 def train_options(argv=None, *, distil: bool, description: str) -> Options:
     """The options of train_baseline.py (`distil` False) and train_kd.py."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = _Parser("train_kd.py" if distil else "train_baseline.py", description)
     if distil:
         group = parser.add_argument_group("distillation")
-        parser.add(group, "method", None, f"one or more of: {', '.join(METHODS)}", type=str, nargs="+", required=True)
+        parser.add(group, "method", None, "one or more of the methods named at the end", type=str, nargs="+", metavar="METHOD", required=True)
         _add_teacher(parser)
     else:
         group = parser.add_argument_group("teacher")
@@ -276,9 +298,8 @@ def train_options(argv=None, *, distil: bool, description: str) -> Options:
     parser.add(_add_device(parser), "compile", "off", "compile the networks by torch.compile in this mode: minutes at the start, other dropout "
                "masks; reduce-overhead and max-autotune record CUDA graphs", choices=COMPILE)  # fmt: skip
     if distil:
-        for name, method in METHODS.items():
-            parser.add_method(name, method)
-    given = parser.parse(sys.argv[1:] if argv is None else argv)
+        parser.add_methods(_methods_to_show(parser, argv))
+    given = parser.parse(argv)
     options = fail_in_one_line(parser, lambda: _resolve(parser, given))
     if distil:
         options.label_assisted = False
@@ -558,13 +579,17 @@ def pair(name: str, value) -> tuple[int, int]:
     return (value[0], value[-1])
 
 
-def _resolve_methods(options: Options, given: dict) -> None:
-    for name in options.method:
+def _check_methods(names) -> None:
+    for name in names:
         if name not in METHODS:
             close = difflib.get_close_matches(name, METHODS, 1)
             raise ValueError(f"--method {name}: " + (f"did you mean {close[0]}? " if close else "") + f"possible are {', '.join(METHODS)}")
-    if len(set(options.method)) != len(options.method):
-        raise ValueError(f"--method {' '.join(options.method)}: names a method twice")
+    if len(set(names)) != len(names):
+        raise ValueError(f"--method {' '.join(names)}: names a method twice")
+
+
+def _resolve_methods(options: Options, given: dict) -> None:
+    _check_methods(options.method)
     for key in given:
         name, dot, field = key.partition(".")
         if dot and name not in options.method:

@@ -267,9 +267,9 @@ def test_memory_on_a_cpu_is_that_of_the_steps(monkeypatch):
     """A validation on whole pictures may need more than any step, and the peak of a process cannot be reset; a GPU's can."""
     peaks = iter([5, 9, 9])
     monkeypatch.setattr(engine, "peak_memory", lambda device: next(peaks))
-    training = SimpleNamespace(budget=SimpleNamespace(pause=lambda: None), device=torch.device("cpu"), evaluated=False, peak_memory=3)
+    training = SimpleNamespace(budget=SimpleNamespace(pause=lambda: None), device=torch.device("cpu"), scores=None, peak_memory=3)
     engine.Training.pause(training)
-    training.evaluated = True
+    training.scores = object()
     engine.Training.pause(training)
     assert training.peak_memory == 5
     training.device = torch.device("cuda")

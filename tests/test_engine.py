@@ -10,14 +10,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Batch, EndlessSampler
 from dataset.shapes import DrawnItem
@@ -26,7 +29,7 @@ from losses.task import TaskLoss
 from models import SegOutput, build_model
 from models.fold import fold_batchnorm
 from scripts.watch import Watch
-from tests.workers import RUN, TINY_STUDENT, distil, on_ranks, save_model, train
+from tests.workers import RUN, TINY, TINY_STUDENT, distil, on_ranks, save_model, train
 from utils import checkpoint, engine, session
 from utils.distill import Distiller, Teacher
 from utils.engine import NonFiniteError, Training
@@ -175,6 +178,45 @@ def test_batches_are_copied_without_waiting(tmp_path, monkeypatch):
     training, teacher, run = prepared(tmp_path)
     assert fit(training, teacher, batches(), run, scores)
     assert seen == 10 * [True]
+
+
+def test_the_moving_average_is_torchs_and_copies_nothing_to_the_device():
+    """Weights and statistics as torch's own; its count of steps stays on the host."""
+    student, decay = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), 0.9
+    ours, torchs = engine.MovingAverage(student, decay), AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for step in range(3):
+        student(torch.full((2, 3, 4, 4), float(step + 1)))
+        with torch.no_grad():
+            student[0].weight.add_(0.1)
+        ours.update_parameters(student)
+        torchs.update_parameters(student)
+        for (name, a), b in zip(ours.module.state_dict().items(), torchs.module.state_dict().values(), strict=True):
+            assert torch.equal(a, b if a.is_floating_point() else student.state_dict()[name])
+    assert ours.state_dict().keys() == torchs.state_dict().keys() and ours.n_averaged == 3
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert "_to_copy" not in str(function), "a copy from the host"
+            return function(*args, **(kwargs or {}))
+
+    far = student.to("meta")
+    for average, copies in ((engine.MovingAverage(far, decay), False), (AveragedModel(far, multi_avg_fn=get_ema_multi_avg_fn(decay)), True)):
+        average.n_averaged += 1
+        with Copies(), pytest.raises(AssertionError, match="from the host") if copies else nullcontext():
+            average.update_parameters(far)
+
+
+def test_what_was_validated_is_not_evaluated_again(tmp_path, monkeypatch):
+    """Where one split is selected and reported on; a best student of an earlier step is."""
+    evaluated, evaluate = [], session.Split.evaluate
+    monkeypatch.setattr(session.Split, "evaluate", lambda self, *given, **kept: evaluated.append(evaluate(self, *given, **kept)) or evaluated[-1])
+    options = train_options([*TINY, *RUN, "--max-iterations", "4", "--val-interval", "2", "--workers", "0", "--save-dir", str(tmp_path / "run")],
+                            distil=False, description="")  # fmt: skip
+    options.spec = replace(options.spec, report_split=options.spec.select_split)
+    session.train(options, CPU)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert len(evaluated) == 2 + (report["steps"]["best"] == 2)
+    assert report["last"]["matrix"] == evaluated[1].plain()["matrix"]
 
 
 def test_poly_lr():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 PATIENCE = timedelta(days=2)  # for work of one rank that the others wait for
+_device = torch.device("cpu")  # of this process, see `init`
 
 
 def launched() -> bool:
@@ -35,13 +36,19 @@ def init(device: str = "auto", timeout: float = 1800.0) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; start at most that many processes per node")
-    result = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    global _device
+    _device = result = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(result)
     if launched() and not dist.is_initialized():
         # gloo beside nccl: flags of the host are agreed on without touching the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout))
     return result
+
+
+def device_name() -> str:
+    """What this process computes on: the GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(_device) if _device.type == "cuda" else "cpu"
 
 
 def check_variables() -> None:

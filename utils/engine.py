@@ -7,7 +7,7 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from losses.base import IGNORE
 from utils import distributed
@@ -48,7 +48,7 @@ class Training:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
     tenth: int = 0  # of the budget, at the last validation
     peak_memory: int = 0  # bytes, see `peak_memory`
-    evaluated: bool = False  # whether this process has validated
+    scores: Scores | None = None  # of the last validation, if this process has made one
 
     def __post_init__(self):
         options = self.options
@@ -57,7 +57,7 @@ class Training:
         self.record = Record([*self.distiller.term_names], check_gradients=not self.scaler.is_enabled())
         self.average = None
         if options.ema:
-            self.average = AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
+            self.average = MovingAverage(self.distiller.student, options.ema)
 
     @property
     def student(self):
@@ -77,7 +77,7 @@ class Training:
     def pause(self) -> None:
         """Stop the clock, and look how much memory was needed before anything but training needs some."""
         self.budget.pause()
-        if not (self.device.type == "cpu" and self.evaluated):  # the peak of a process cannot be reset: it may now be that of whole pictures
+        if not (self.device.type == "cpu" and self.scores):  # the peak of a process cannot be reset: it may now be that of whole pictures
             self.peak_memory = max(self.peak_memory, peak_memory(self.device))
 
     def snapshot(self) -> dict:
@@ -116,6 +116,29 @@ class Training:
             self.average.load_state_dict(state["average"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+
+
+class MovingAverage(AveragedModel):
+    """torch's average of weights and buffers with a decay, from the first step's on.
+
+    Its own update (2.14) sends its count of steps to the GPU in every step, for which the host waits; this one does not.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        ours, new = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        weight = 1 - self.decay if self.n_averaged else 1.0
+        for number in {x.dtype for x in ours}:
+            pairs = [pair for pair in zip(ours, new, strict=True) if pair[0].dtype == number]
+            if number.is_floating_point:
+                torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), weight)
+            else:
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # counts
+        self.n_averaged += 1
 
 
 def not_finite(state, path: str) -> list[str]:
@@ -317,7 +340,7 @@ def log_step(training: Training, run: Run, record: Record) -> None:
 def finish_validation(training: Training, run: Run, scores: Scores) -> None:
     """Record a validation, keep the best."""
     training.validated, training.metrics, training.tenth = training.step, scores.summary(), int(10 * training.progress)
-    training.evaluated = True
+    training.scores = scores
     if training.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(training.device)
     classes = dict(zip(training.options.spec.classes, scores.plain()["iou"], strict=True))

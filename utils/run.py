@@ -322,7 +322,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": distributed.device_name(),
         "ranks": distributed.world(),
         "commit": commit(),
     }

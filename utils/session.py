@@ -308,12 +308,13 @@ class Split:
 
 def report(training: Training, run: Run, selection: Split, reported: Split, sizes: dict, stop) -> None:
     """Scores of the last and of the best student on the split that the field reports, once, at the end, and what the training has
-    cost: report.json and DONE. `sizes`: of the networks, for the report.
+    cost: report.json and DONE. `sizes`: of the networks, for the report. What was just validated is not evaluated again.
 
     The best was chosen on the selection split; where that is the reported one (Cityscapes, VOC), the table says so.
     """
     spec, rows = training.options.spec, {}
-    rows["last"] = rows["best"] = reported.evaluate(training.student, stop)
+    validated = reported is selection and training.scores is not None and training.validated == training.step
+    rows["last"] = rows["best"] = training.scores if validated else reported.evaluate(training.student, stop)
     best = checkpoint.load(run.folder / "student_best.pth")
     if best["step"] != training.step:
         training.student.load_state_dict(best["student"])

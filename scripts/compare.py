@@ -44,7 +44,7 @@ from dataset import get_spec
 from dataset.parallel import cores
 from losses import METHODS
 from scripts.compare_report import write_report
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.files import read_json
 from utils.log import harmless
 from utils.options import train_options
@@ -352,6 +352,7 @@ def start(candidate: Job, slot: int, slots: int, processes: int) -> subprocess.P
     """The training as a child that is told to stop when this process dies, with its share of the machine."""
     candidate.folder.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
+    environment.setdefault(*distributed.GRACE)
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[slot * processes: (slot + 1) * processes])

@@ -4,12 +4,15 @@
 #   GPUS     processes per node for `launch`; default: one per visible GPU, one on a CPU
 #   several nodes: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, with torchrun's meaning; NODE_RANK is SLURM's where srun started the script
 #   RESTARTS how often `launch` starts the processes again when one of them ends with an error; default 0
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   whole seconds that torchrun, told to stop, gives a save before it kills; default 600
 
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # torchrun hands restarted ranks the dead attempt's addresses without it (pytorch issues 135712, 167288)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# 30 without it, and a save that takes longer is lost; the same in utils/distributed.py
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 # Make PYTHON point to an environment that has the packages of the files given, installing what is missing.
 prepare_environment() {

@@ -43,7 +43,9 @@ status=0
 srun --nodes "$NNODES" --ntasks-per-node 1 --kill-on-bad-exit=0 --wait=120 bash "$launcher" "$@" --resume || status=$?
 
 if [ ! -e "$SAVE_DIR/INTERRUPTED" ] && [ "$status" != 143 ]; then
-    exit "$status" # done, or failed: a second start would fail in the same way; 143 is a SIGTERM before there was anything to save
+    # done, or failed: a second start would fail in the same way. A save that was killed looks like that, too, and is not queued either.
+    # 143 is a SIGTERM before there was anything to save
+    exit "$status"
 fi
 # a job that was cancelled, or that SLURM queues again itself, does not run any more
 if [[ "$(scontrol show job "$SLURM_JOB_ID")" == *JobState=RUNNING* ]]; then

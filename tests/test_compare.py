@@ -483,6 +483,18 @@ def test_processes_share_the_machine(fake, monkeypatch):
     assert environment["CUDA_VISIBLE_DEVICES"] == "6,7" and command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+@pytest.mark.parametrize("own", [None, "45"])
+def test_trainings_have_the_launchers_time_for_a_save(own, fake, monkeypatch):
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    asked = []
+    monkeypatch.setattr(compare.subprocess, "Popen", lambda command, **others: asked.append(others["env"]))
+    monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(name, own)
+    compare.start(fake("a"), 0, 1, 2)
+    assert asked[0][name] == (own or "600") and os.environ.get(name) == own
+
+
 def test_slurm_script(fake, tmp_path, monkeypatch, capsys):
     """One task per training that is not done, in the folder in which the comparison was asked for."""
     (tmp_path / "bin").mkdir()

@@ -15,6 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -690,6 +691,32 @@ def test_interrupted_holds_a_command_that_goes_on(tmp_path):
     assert (folder / "my run" / "DONE").exists() and not (folder / "my run" / "INTERRUPTED").exists()
     assert shlex.split(command)[-1] == "--resume"
     assert [row["step"] for row in rows(folder / "my run")] == [1, 2, 2, 3, 4, 4]
+
+
+NODES = "go on with the same launcher and arguments on every node, and --resume; the training's part:"
+
+
+@pytest.mark.parametrize("variables, how, before", [
+    ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, NODES, ""),
+    ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}, NODES, ""),
+    ({"WORLD_SIZE": "2"}, NODES, ""),  # started by something that does not say how many are here
+    ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, "go on with:", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --nproc-per-node=4 "),
+    ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}, "go on with:",
+     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90 torchrun --nproc-per-node=1 "),
+])  # fmt: skip
+@pytest.mark.parametrize("given", [[], ["--resume"]])
+def test_interrupted_on_several_ranks(variables, how, before, given, tmp_path, monkeypatch, caplog):
+    """No command that would start a part of the ranks: on several nodes it says what to start on each."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["/my code/train_kd.py", "--method", "kd", *given])
+    with caplog.at_level("INFO"):
+        Run.interrupted(SimpleNamespace(folder=tmp_path), 5)
+    again = f"{before}'/my code/train_kd.py' --method kd --resume"
+    assert (tmp_path / "INTERRUPTED").read_text() == f"stopped after step 5; {how}\n{again}\n"
+    assert f"stopped after step 5, saved; {how}\n  {again}" in caplog.text
 
 
 def test_a_damaged_checkpoint_does_not_replace_the_one_before(tmp_path):

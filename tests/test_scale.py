@@ -4,21 +4,28 @@ Stand-ins for SLURM's commands do what its manual says of them: sbatch runs a co
 starts one task per node and ends with the highest status.
 """
 
+import dataclasses
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from tests.faults import children, wait_for
 from tests.paths import REPOSITORY
 from tests.test_resume import differences
 from tests.test_scripts import bash, command_of, header, options_of
 from tests.workers import RUN, TIMEOUT, TINY
+from utils import checkpoint
 
 JOB = 70007
+GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+reads_grace = pytest.mark.skipif("shutdown_timeout" not in {field.name for field in dataclasses.fields(LaunchConfig)},
+                                 reason="torch before 2.12 kills after 30 s, whatever the variable says")  # fmt: skip
 COMMANDS = {
     "sbatch": """
         while [[ $1 == --* ]]; do shift 2; done
@@ -173,6 +180,29 @@ def test_restarts(tmp_path):
     assert one[2:7] == ["--standalone", "--max-restarts", "2", "--nproc-per-node", "1"]
 
 
+@pytest.mark.parametrize("own", [None, "", "45"])
+def test_launchers_give_a_save_ten_minutes(own, slurm, tmp_path):
+    """torchrun kills 30 s after it was told to stop, unless a variable says otherwise; the user's own is kept."""
+    stub = tmp_path / "grace"
+    stub.write_text(f"#!/bin/sh\nprintf '%s' \"${GRACE}\"\n")
+    stub.chmod(0o755)
+    variables = {"PYTHON": str(stub), "GPUS": "2", "CHECKPOINT": "FILE"} | ({} if own is None else {GRACE: own})
+    for name in ("train_baseline.sh", "train_kd.sh", "eval.sh", "compare.sh", "reproduce/kd_citys_deeplabv3_resnet18.sh"):
+        done = bash(REPOSITORY / "scripts" / name, cwd=tmp_path, **variables)
+        assert (done.returncode, done.stdout) == (0, own or "600"), name + done.stderr
+    assert slurm("train_kd.sh", **variables).returncode == 0
+    assert [(tmp_path / "log" / f"task{node}.0").read_text() for node in (0, 1)] == [own or "600"] * 2
+
+
+@reads_grace
+def test_torch_reads_the_variable(monkeypatch):
+    """Under this name, in seconds, where its command line says nothing; else the promise of the launchers is empty."""
+    monkeypatch.delenv(GRACE, raising=False)
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == 30
+    monkeypatch.setenv(GRACE, "600")
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == 600
+
+
 # ------------------------------------------------------------------------------------------------------------------- for real
 
 LENGTH = (*TINY, *RUN, "--workers", "0", "--max-iterations", "12", "--val-interval", "6", "--save-interval", "2")
@@ -222,6 +252,50 @@ def reached(nodes, words: str) -> None:
     assert wait_for(lambda: any(words in node.text for node in nodes), TIMEOUT), "\n".join(node.text for node in nodes)
 
 
+# train_baseline.py with a disk that is slow: the save at the end, not the one before the first step
+SLOW_SAVE = f"""
+import runpy, sys, time
+from utils import checkpoint
+
+save, seconds = checkpoint.save, float(sys.argv.pop(1))
+
+def slow(path, content, *others):
+    time.sleep(seconds if content["step"] else 0)
+    save(path, content, *others)
+
+checkpoint.save = slow
+sys.argv[0] = {str(REPOSITORY / "train_baseline.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@reads_grace
+@pytest.mark.slow
+@pytest.mark.parametrize("grace, seconds", [(None, 33), ("2", 5)])
+def test_a_save_longer_than_torchrun_waits(grace, seconds, tmp_path):
+    """Under a launcher one of more than torchrun's own 30 s is kept; the negative control takes longer than the user asked for, and is lost."""
+    (tmp_path / "slow.py").write_text(SLOW_SAVE)
+    length = ("--workers", "0", "--max-iterations", "1000", "--val-interval", "1000", "--save-interval", "1000", "--dist-timeout", "120")
+    script = [os.path.relpath(tmp_path / "slow.py", REPOSITORY), str(seconds)]
+    command = ["bash", "-c", 'source "$0"; launch "$@"', str(REPOSITORY / "scripts/environment.sh"), *script, *TINY, *RUN, *length,
+               "--save-dir", "run"]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != GRACE} | ({GRACE: grace} if grace else {})
+    with open(tmp_path / "console.txt", "w") as console:
+        torchrun = subprocess.Popen(command, cwd=tmp_path, env=environment | {"PYTHON": sys.executable, "GPUS": "2"}, stdout=console, stderr=console)
+    assert wait_for(lambda: "step 2/1000" in (tmp_path / "console.txt").read_text() or torchrun.poll() is not None, TIMEOUT)
+    torchrun.terminate()
+    assert torchrun.wait(TIMEOUT)
+    text = (tmp_path / "console.txt").read_text()
+    step = checkpoint.load(tmp_path / "run" / "last.pth")["step"]
+    if grace:
+        assert step == 0 and not (tmp_path / "run" / "INTERRUPTED").exists(), text
+        assert re.search("Unable to shutdown process .* forcefully exiting", text), text
+    else:
+        said, again = (tmp_path / "run" / "INTERRUPTED").read_text().splitlines()
+        assert step >= 2 and said == f"stopped after step {step}; go on with:", text
+        assert again.startswith(f"{GRACE}=600 torchrun --nproc-per-node=2 "), again
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -255,5 +329,5 @@ def test_a_job_that_is_preempted_goes_on_as_if_never_stopped(undisturbed, slurm,
     done = slurm("train_baseline.sh", *LENGTH, **variables)
     text = done.stdout + "".join(path.read_text() for path in sorted((tmp_path / "log").glob("task*")))
     assert done.returncode == 0, text
-    assert calls(tmp_path).count(f"scontrol requeue {JOB}") == 1 and "stopped after step" in text and "going on from step" in text
+    assert calls(tmp_path).count(f"scontrol requeue {JOB}") == 1 and "and --resume; the training's part:" in text and "going on from step" in text
     assert differences(undisturbed, tmp_path) == []

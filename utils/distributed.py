@@ -12,11 +12,17 @@ from torch import Tensor, nn
 
 PATIENCE = timedelta(days=2)  # for work of one rank that the others wait for
 _device = torch.device("cpu")  # of this process, see `init`
+GRACE = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds that torchrun, told to stop, gives a save before it kills; 30 without it
 
 
 def launched() -> bool:
     """Whether torchrun (or a scheduler that sets its variables) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def several_nodes() -> bool:
+    """Whether processes on other nodes were started along with this one."""
+    return launched() and os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE", "1")
 
 
 def init(device: str = "auto", timeout: float = 1800.0) -> torch.device:

@@ -7,7 +7,7 @@
     best.pth               the same at the best validation
     student_best.pth       weights and settings of the best student alone, for eval.py
     tensorboard/           the same rows and pictures for TensorBoard, with --tensorboard (utils/board.py)
-    DONE | INTERRUPTED     how it ended; INTERRUPTED holds the command that goes on
+    DONE | INTERRUPTED     how it ended; INTERRUPTED says how to go on, on one node with the command
     .lock                  held by the process that trains here; says which one
 
 Every validation is followed by a save of last.pth, so best.pth is never newer, but for a kill between the two saves: the resumed
@@ -278,8 +278,14 @@ class Run:
         """Say how to go on."""
         if distributed.is_main():
             again = command() + ("" if "--resume" in sys.argv else " --resume")
-            write_text(self.folder / "INTERRUPTED", f"stopped after step {step}; go on with:\n{again}\n")
-            logger.info("stopped after step %d, saved; go on with:\n  %s", step, again)
+            how = "go on with:"
+            if distributed.several_nodes():
+                how = "go on with the same launcher and arguments on every node, and --resume; the training's part:"
+            elif distributed.launched():
+                name, default = distributed.GRACE
+                again = f"{name}={os.environ.get(name, default)} {again}"
+            write_text(self.folder / "INTERRUPTED", f"stopped after step {step}; {how}\n{again}\n")
+            logger.info("stopped after step %d, saved; %s\n  %s", step, how, again)
 
 
 class StopSignal:
@@ -309,7 +315,10 @@ class StopSignal:
 
 
 def command() -> str:
-    """The command line of this process, for pasting; under torchrun with its number of processes."""
+    """The command line of this process, for pasting; under torchrun with its number of processes. On several nodes the script's part alone:
+    every node has a command of its own."""
+    if distributed.several_nodes():
+        return shlex.join(sys.argv)
     program = [sys.executable] if not distributed.launched() else ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
     return shlex.join([*program, *sys.argv])
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Batch, EndlessSampler
 from dataset.shapes import DrawnItem
-from losses import METHODS, Method, Setup, build_methods, option, term_weight
+from losses import METHODS, Method, Setup, build_methods, option, resolve, term_weight
 from losses.task import TaskLoss
 from models import SegOutput, build_model
 from models.fold import fold_batchnorm
@@ -142,6 +142,18 @@ def test_memory_formats_of_a_training(tmp_path, monkeypatch, flags, instructions
     assert seen == [student, teacher]
 
 
+@pytest.mark.parametrize("where,expected", [("off", (False, False)), ("convolutions", (True, False)), ("all", (True, True))])
+def test_what_a_gpu_computes_in_tf32(where, expected):
+    """The switches that torch has for it; on a GPU it was not run."""
+    options = train_options(["--tf32", where, *SMALL[2:], "--device", "cpu", "--save-dir", "unused"], distil=False, description="")
+    try:
+        with pytest.raises(SystemExit):
+            session.run_script(lambda options, device: None, options)
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == expected
+    finally:
+        session.set_tf32("convolutions")  # torch's own
+
+
 @pytest.mark.parametrize("amp,dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision_and_compile_reach_both_networks(tmp_path, monkeypatch, amp, dtype):
     """With a compiler that does nothing but count: one pass of each network per step, none of them in a validation."""
@@ -224,6 +236,34 @@ def test_poly_lr():
     assert poly_lr(0.02, 0) == 0.02 and poly_lr(0.02, 1) == 0
     assert poly_lr(0.02, 0.5) == pytest.approx(0.02 * 0.5**0.9)
     assert poly_lr(0.02, 1.5) == 0 and poly_lr(0.02, 0.99, floor=1e-3) == 1e-3
+
+
+def test_the_learning_rate_rises_first(tmp_path):
+    training, teacher, run = prepared(tmp_path, "--log-interval", "1", "--lr", "0.5", "--warmup-iterations", "4")
+    assert fit(training, teacher, batches(), run, scores)
+    logged = [row["lr"] for row in rows(tmp_path) if "lr" in row]
+    assert logged == pytest.approx([0.5 * (1 - step / 10) ** 0.9 * min(1, (step + 1) / 4) for step in range(10)])
+
+
+@pytest.mark.parametrize("flags", [(), ("--optimizer", "adamw")])
+def test_heads_have_their_own_learning_rate(tmp_path, flags):
+    """The first step moves the head by ten times as much as without the factor, and the backbone and the method's layers by as much."""
+    moved = []
+    for factor in ("1", "10"):
+        given = ["--lr", "1e-3", "--weight-decay", "0", "--head-lr-factor", factor, *flags]
+        training, teacher, _ = prepared(tmp_path / factor, *given, methods=adapter())
+        before = {name: p.detach().clone() for name, p in training.distiller.named_parameters()}
+        engine.train_step(training, training.distiller, teacher, [next(batches())], training.record)
+        moved.append({name: (p - before[name]).norm().item() for name, p in training.distiller.named_parameters()})
+    assert {name.split(".")[1] for name in moved[0]} == {"backbone", "head", "feature"} and all(value > 0 for value in moved[0].values())
+    for name, value in moved[1].items():
+        assert value == pytest.approx((10 if name.startswith("student.head.") else 1) * moved[0][name], rel=1e-3), name
+
+
+def adapter() -> dict:
+    """`feature`, which has a layer of its own, between two networks like Tiny."""
+    options, _ = resolve(METHODS["feature"], "shapes", {})
+    return build_methods({"feature": options}, Setup(Tiny.channels, Tiny.channels, 3, (8, 8), 2))
 
 
 def test_every_step_has_its_learning_rate(tmp_path):

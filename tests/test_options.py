@@ -161,6 +161,7 @@ REFUSED = {  # script, arguments, message
     "method's choice": ("train_kd.py", ["--method", "afdcd", "--afdcd-mask", "all"], "argument --afdcd-mask: invalid choice: 'all'"),
     "no checkpoint": ("eval.py", [], "--checkpoint is missing"),
     "momentum of adamw": ("train_baseline.py", ["--optimizer", "adamw", "--momentum", "0.5"], "--momentum 0.5: belongs to --optimizer sgd, "),
+    "warm-up": ("train_baseline.py", ["--warmup-iterations", "9", "--max-iterations", "8"], "--warmup-iterations 9: must be at most "),
     "floor": ("train_baseline.py", ["--lr", "0.01", "--lr-floor", "0.1"], "--lr-floor 0.1: must be at most --lr, 0.01"),
     "seed": ("train_baseline.py", ["--seed", str(2**63)], "must be at least 0 and at most 9223372036854775807"),
     "scales": ("eval.py", ["--checkpoint", "c", "--dataset", "shapes", "--scales", "1000"], "--scales 1000.0: must be at least 0.05 and at most 10"),

@@ -394,7 +394,7 @@ PROMISES = {  # recipe: options of the training, options of methods
     ),
     "student_citys_deeplabv3_resnet18_cirkdv2": ({"student_head_width": 512, "lr": 0.01}, {}),
     "student_citys_segformer_b0": ({"optimizer": "adamw", "weight_decay": 1e-4, "student_pretrained_base": "mit_b0.pth"}, {}),
-    "student_voc_deeplabv3plus": ({"student_normalization": "imagenet", "student_backbone": "resnet18_vanilla"}, {}),
+    "student_voc_deeplabv3plus": ({"student_normalization": "imagenet", "student_backbone": "resnet18_vanilla", "head_lr_factor": 10}, {}),
     "teacher_citys_deeplabv3_resnet101": ({"student_head_width": None, "batch_size": 8, "label_assisted": False}, {}),
 }  # fmt: skip
 

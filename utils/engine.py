@@ -14,7 +14,7 @@ from utils import distributed
 from utils.distill import Distiller, Teacher
 from utils.log import duration, logger, progress_bar
 from utils.metrics import Scores, Stopped
-from utils.optim import Budget, poly_lr
+from utils.optim import Budget, learning_rate
 from utils.run import Run, StopSignal
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -232,7 +232,7 @@ def train_step(training: Training, model, teacher: Teacher | None, micro: list, 
     gradients = [p.grad for p in training.distiller.parameters() if p.grad is not None]
     record.add(step, torch.stack(rows).mean(0), torch.nn.utils.get_total_norm(gradients), [name for batch in micro for name in batch.names])
     for group in training.optimizers["student"].param_groups:
-        group["lr"] = poly_lr(options.lr, progress, options.lr_power, options.lr_floor)
+        group["lr"] = group["factor"] * learning_rate(options, step, progress)
     for optimizer in training.optimizers.values():
         training.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)

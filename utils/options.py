@@ -197,6 +197,8 @@ def _add_device(parser):
     group = parser.add_argument_group("machine")
     parser.add(group, "device", "auto", "auto takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
     parser.add(group, "amp", "off", "autocast of the forward passes", choices=("off", "bf16", "fp16"))
+    parser.add(group, "tf32", "convolutions", "what a GPU computes in TF32, with 10 bits, where it says float32: convolutions, as torch does unless "
+               "told, products of matrices too (all), or nothing (off)", choices=("off", "convolutions", "all"))  # fmt: skip
     parser.add(group, "channels-last", None, "activations as NHWC, the same function; none: wherever that is faster, which is everywhere but for "
                "a network that trains in float32 on a CPU with AVX2 and no AVX-512", action=argparse.BooleanOptionalAction)  # fmt: skip
     parser.add(group, "dist-timeout", 1800.0, "seconds a rank waits for the others before it gives up", minimum=1)
@@ -247,6 +249,9 @@ def _add_training(parser):
     add(group, "lr", None, "learning rate at the start", recipe="recipe.lr", type=float, minimum=0)
     add(group, "lr-power", None, "power of the polynomial schedule", recipe="recipe.power", type=float, minimum=0)
     add(group, "lr-floor", 0.0, "smallest learning rate", minimum=0)
+    add(group, "head-lr-factor", 1.0, "times the learning rate is what the network's layers outside its backbone have; 10 in codes of DeepLabV3+",
+        above=0)  # fmt: skip
+    add(group, "warmup-iterations", 0, "steps in which the learning rate rises linearly to its schedule", minimum=0)
     add(group, "momentum", None, "momentum of sgd", recipe="recipe.momentum", type=float, minimum=0)
     add(group, "weight-decay", None, "weight decay of all parameters", recipe="recipe.weight_decay", type=float, minimum=0)
     add(group, "aux-weight", 0.4, "weight of the auxiliary cross-entropy, 0 for none", minimum=0)
@@ -619,6 +624,8 @@ def _check_training(options: Options, given: dict) -> None:
         raise ValueError(f"--momentum {options.momentum:g}: belongs to --optimizer sgd, --optimizer is {options.optimizer}; add it, or drop the flag")
     if options.lr_floor > options.lr:
         raise ValueError(f"--lr-floor {options.lr_floor:g}: must be at most --lr, {options.lr:g}")
+    if options.max_iterations is not None and options.warmup_iterations > options.max_iterations:
+        raise ValueError(f"--warmup-iterations {options.warmup_iterations}: must be at most --max-iterations, {options.max_iterations}")
     if options.cache_dir is not None and options.cache != "disk":
         raise ValueError(f"--cache-dir {options.cache_dir}: belongs to --cache disk, --cache is {options.cache}; add it, or drop the flag")
     if options.batch_size % options.accumulate:

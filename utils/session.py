@@ -38,7 +38,9 @@ def run_script(function, options: Options) -> None:
     try:
         device = distributed.init(options.device, options.dist_timeout)
         log.setup()
-        warn_of_slow_autocast(getattr(options, "amp", "off"), device)  # exports have no --amp
+        if hasattr(options, "amp"):  # exports have no precision to choose
+            set_tf32(options.tf32)
+            warn_of_slow_autocast(options.amp, device)
         status = function(options, device)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
@@ -50,6 +52,12 @@ def run_script(function, options: Options) -> None:
         os._exit(2)  # at once: a rank that waits for this one in a collective must see it go
     distributed.shutdown()
     sys.exit(status)
+
+
+def set_tf32(where: str) -> None:
+    """See --tf32."""
+    torch.backends.cudnn.allow_tf32 = where != "off"
+    torch.backends.cuda.matmul.allow_tf32 = where == "all"
 
 
 def warn_of_slow_autocast(amp: str, device: torch.device) -> None:

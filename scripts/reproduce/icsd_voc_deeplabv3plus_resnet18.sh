@@ -5,8 +5,7 @@
 # aicsd_voc_deeplabv3plus.sh.
 # Not run by this project: the data and the ImageNet weights are not at hand.
 # TEACHER is a published one, or what teacher_voc_deeplabv3plus_resnet101.sh trained. Student alone: student_voc_deeplabv3plus.sh.
-# The released code trains the heads with ten times the lr and stays at 513x513 when it validates: this project has one lr for all
-# parameters and scores whole pictures.
+# The released code stays at 513x513 when it validates; this project scores whole pictures.
 # Iterations: the published 120 epochs of the 1464 pictures of VOC's own training set; `voc` here is the augmented one, of 10582, so that
 # the figure is no target but the recipe is.
 # The released weight 10 of KD is on a mean over classes too, 10 / 21 on the mean over pixels here.
@@ -27,6 +26,7 @@ CROP=${CROP:-513}
 BATCH=${BATCH:-6}
 ITERATIONS=${ITERATIONS:-29280}
 LR=0.007
+HEAD_LR_FACTOR=10
 WEIGHT_DECAY=5e-4
 METHOD_FLAGS=(--icsd-form "${FORM:-released}" --icsd-ics-weight "${ICS_WEIGHT:-9500}" --icsd-kd-weight 0.476 --icsd-upsample)
 

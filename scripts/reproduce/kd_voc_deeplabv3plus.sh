@@ -7,8 +7,7 @@
 # Hardware of the paper: 1 GPU. Not run by this project: the data and the ImageNet weights are not at hand.
 # BACKBONE=mobilenetv2: 66.39 (63.92 alone).
 # TEACHER is a published one, or what teacher_voc_deeplabv3plus_resnet101.sh trained. Student alone: student_voc_deeplabv3plus.sh.
-# The released code trains the heads with ten times the lr and stays at 513x513 when it validates: this project has one lr for all
-# parameters and scores whole pictures.
+# The released code stays at 513x513 when it validates; this project scores whole pictures.
 # Iterations: the published 120 epochs of the 1464 pictures of VOC's own training set; `voc` here is the augmented one, of 10582, so that
 # the figure is no target but the recipe is.
 # The weight of KD is not stated beside the figure; it is that of AICSD's term: 10 on a mean over classes too, 10 / 21 on the mean over
@@ -29,6 +28,7 @@ CROP=${CROP:-513}
 BATCH=${BATCH:-6}
 ITERATIONS=${ITERATIONS:-29280}
 LR=0.007
+HEAD_LR_FACTOR=10
 WEIGHT_DECAY=5e-4
 SAVE_DIR=${SAVE_DIR:-runs/reproduce/kd_voc_deeplabv3plus_$STUDENT_BACKBONE}
 METHOD_FLAGS=(--kd-weight "${KD_WEIGHT:-0.476}" --kd-temperature 1)

@@ -6,8 +6,7 @@
 # Hardware of the paper: 2 GPUs, 6 images on each. Not run by this project: the data and the ImageNet weights are not at hand.
 # BACKBONE=mobilenetv2: 71.19 (68.46 alone).
 # TEACHER is a published one, or what teacher_voc_deeplabv3plus_resnet101.sh trained. Student alone: student_voc_deeplabv3plus_ofd.sh.
-# The released code trains the heads with ten times the lr and stays at 513x513 when it validates: this project has one lr for all
-# parameters and scores whole pictures.
+# The released code stays at 513x513 when it validates; this project scores whole pictures.
 # Iterations: the published 50 epochs of the 10582 pictures of the augmented set. Weight decay is not stated; 5e-4 is that of its forks.
 #
 #   DATA=/data/voc TEACHER=runs/reproduce/teacher_voc_deeplabv3plus_resnet101/student_best.pth BACKBONE_WEIGHTS=imagenet \
@@ -25,6 +24,7 @@ CROP=${CROP:-513}
 BATCH=${BATCH:-12}
 ITERATIONS=${ITERATIONS:-44092}
 LR=0.007
+HEAD_LR_FACTOR=10
 WEIGHT_DECAY=5e-4
 SAVE_DIR=${SAVE_DIR:-runs/reproduce/ofd_voc_deeplabv3plus_$STUDENT_BACKBONE}
 METHOD_FLAGS=(--ofd-weight 1e-5)

@@ -5,8 +5,7 @@
 # Source: README of clovaai/overhaul-distillation (runs of its code; the paper reports the test server).
 # Hardware of the paper: 2 GPUs, 6 images on each. Not run by this project: the data and the ImageNet weights are not at hand.
 # The schedule of the teacher is not at hand; this is its students'. AICSD and AttnFD have 77.85 of a teacher of this network.
-# The released code trains the heads with ten times the lr and stays at 513x513 when it validates: this project has one lr for all
-# parameters and scores whole pictures.
+# The released code stays at 513x513 when it validates; this project scores whole pictures.
 # Iterations: the published 50 epochs of the 10582 pictures of the augmented set. Weight decay is not stated; 5e-4 is that of its forks.
 #
 #   DATA=/data/voc BACKBONE_WEIGHTS=imagenet \
@@ -21,6 +20,7 @@ CROP=${CROP:-513}
 BATCH=${BATCH:-12}
 ITERATIONS=${ITERATIONS:-44092}
 LR=0.007
+HEAD_LR_FACTOR=10
 WEIGHT_DECAY=5e-4
 
 source "$(dirname "${BASH_SOURCE[0]}")/baseline.sh"

@@ -1,8 +1,11 @@
 """Every optimised form against its plain one (`scripts/plain.py`), what `Watch` counts, and the benchmark's rows."""
 
+import copy
 import gc
 import json
 import shlex
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,10 +14,13 @@ import torch.nn.functional as F
 
 from losses import METHODS, cirkd, icsd, ifvd, projection, skd, task
 from losses.memory import Queue, class_means, class_pixels
+from models.fold import fold_batchnorm
 from scripts import benchmark, plain
 from scripts.compare import parse_arm
 from scripts.watch import Watch
-from utils import metrics
+from utils import engine, metrics
+from utils.distill import Distiller, Teacher
+from utils.optim import build_optimizers
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -247,6 +253,35 @@ def test_a_wrong_gradient_of_a_step_is_seen(monkeypatch):
     monkeypatch.setattr(plain, "cross_entropy", lambda logits, *given: form(Turned.apply(logits), *given))
     row = bench.step(parse_arm("kd"))
     assert row.value_error < 1e-5 and row.gradient_error > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kd", "afdcd"])
+def test_a_step_is_as_near_to_float64_as_its_plain_form(name):
+    """The networks of the benchmark, from random weights, raise rounding a thousandfold and more: a step's gradient error is that. Shown by
+    `--slow -s`; ours has BatchNorms folded and channels-last maps, whose sums are longer."""
+    bench = benchmark.Bench(replace(benchmark.SHAPES[0], crop=(120, 120), batch=2), benchmark.Machine(torch.device("cpu"), quick=True), 1, 1, "off")
+    options = bench.options(parse_arm(name))
+
+    def gradient(form, dtype):
+        torch.manual_seed(0)
+        distiller = Distiller(copy.deepcopy(bench.student), task.TaskLoss(0.4), bench.methods(options)).to(dtype)
+        distiller.arrange(bench.layout(form, "student"))
+        teacher = fold_batchnorm(bench.teacher, distiller.teacher_needs)[0] if form == "ours" else copy.deepcopy(bench.teacher)
+        teacher = teacher.to(dtype=dtype, memory_format=bench.layout(form, "teacher"))
+        training = engine.Training(distiller, build_optimizers(distiller, options), options, torch.device("cpu"))
+        found = {}
+        for key, p in distiller.named_parameters():
+            p.register_post_accumulate_grad_hook(lambda p, key=key: found.update({key: p.grad.double()}))
+        batch = bench.batch(0)
+        with plain.forms() if form == "plain" else nullcontext():
+            engine.train_step(training, distiller, Teacher(teacher, distiller.teacher_needs), [batch], training.record)
+        return torch.cat([found[key].flatten() for key in sorted(found)])
+
+    exact = gradient("plain", torch.float64)
+    errors = {form: benchmark.relative(gradient(form, torch.float32), exact) for form in ("plain", "ours")}
+    print(f"{name}: relative error of a step's gradients to float64: " + ", ".join(f"{form} {error:.1e}" for form, error in errors.items()))
+    assert 1e-5 < errors["ours"] < 4 * errors["plain"] < 0.2
 
 
 def table_head() -> list[str]:

@@ -379,9 +379,9 @@ class Bench:
             return ({"ours": batch, "plain": replace(batch, image=batch.image.contiguous())},)
 
         def error(ours, theirs):  # the first step alone begins with equal weights
-            assert first["ours"].keys() == first["plain"].keys()
+            assert first["ours"].keys() == first["plain"].keys()  # though not in the same order
             value, other = (trainings[form][0].record.rows[0][0] for form in FORMS)
-            return relative(value, other), relative(*(torch.cat([gradient.flatten() for gradient in first[form].values()]) for form in FORMS))
+            return relative(value, other), relative(*(torch.cat([first[form][name].flatten() for name in first["ours"]]) for form in FORMS))
 
         forms = {"ours": run("ours", nullcontext), "plain": run("plain", plain.forms)}
         _, distiller, teacher = trainings["ours"]

@@ -44,7 +44,8 @@ are the same for all.
 
 A term is a mean over images, the same however a step's images are divided among ranks and micro-batches, unless a method says otherwise
 below: pairs of images, correlations over a batch and means over labelled pixels are computed from the images of one rank and micro-batch
-(with `--sp-gather` and `--cirkd-gather`: of all ranks). The log of a training names such terms where there are several ranks or micro-batches.
+(`sp`, and pairs with `--cirkd-gather` and `--cirkdv2-gather`: of one micro-batch on all ranks). The log of a training names such terms where
+there are several ranks or micro-batches.
 """
 
 
@@ -54,8 +55,8 @@ def setup() -> Setup:
     return Setup(STUDENT, TEACHER, CLASSES, CROP, 2, "citys", teacher_norms=norms)
 
 
-def build(name: str):
-    return METHODS[name](resolve(METHODS[name], "citys", {})[0], setup())
+def build(name: str, **given):
+    return METHODS[name](resolve(METHODS[name], "citys", given)[0], setup())
 
 
 def page(costs: dict) -> str:
@@ -76,8 +77,8 @@ def page(costs: dict) -> str:
 def section(name: str, method) -> str:
     """One method: what it computes, its source, its options with the defaults of every data set."""
     lines = [f"## {name}", "", f"**{method.title}**. {method.paper}. <{method.url}>", "", inspect.cleandoc(method.__doc__), ""]
-    if method.over_batch:
-        lines += [f"No mean over images, see above: {', '.join(f'`{term}`' for term in method.over_batch)}.", ""]
+    if together := over_batch(name):
+        lines += [f"No mean over images, see above: {together}.", ""]
     lines += ["| flag | default | data sets | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(method.Options):
         meta = field.metadata
@@ -91,6 +92,28 @@ def section(name: str, method) -> str:
         choices = f" ({', '.join(map(str, meta['choices']))})" if meta["choices"] else ""
         lines.append(f"| `{method.flag(field.name)}` | {default} | {own} | {meta['help']}{choices} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
+
+
+def over_batch(name: str) -> str:
+    """The terms of `Method.over_batch`, and those that a value of an option adds to it."""
+    default = list(build(name).over_batch)
+    found = [f"`{term}`" for term in default]
+    for field, value in switches(name):
+        try:
+            terms = [f"`{term}`" for term in build(name, **{field: value}).over_batch if term not in default]
+        except ValueError:  # read with other options alone
+            continue
+        if terms:
+            flag = METHODS[name].flag(field)
+            found.append(f"{', '.join(terms)} with `{flag}`" if value is True else f"{', '.join(terms)} with `{flag} {value}`")
+    return ", ".join(found)
+
+
+def switches(name: str) -> list[tuple[str, object]]:
+    """(option, value) for every value of a method's switches and choices that is not the default."""
+    fields = dataclasses.fields(METHODS[name].Options)
+    values = {field.name: (True, False) if isinstance(field.default, bool) else field.metadata["choices"] or () for field in fields}
+    return [(field.name, value) for field in fields for value in values[field.name] if value != field.default]
 
 
 def measure(repeats: int = 7) -> dict:

@@ -6,6 +6,7 @@ in the same pass, while the distances are still in the cache. On a GPU the same 
 """
 
 import functools
+import importlib
 import importlib.util
 
 import torch
@@ -241,20 +242,14 @@ def triton_tile(device: torch.device):
     """What a GPU runs instead of `plain_tile`; None on a CPU, without Triton, and, with a line in the log, where the kernel fails."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from losses._contrast_triton import tile
-
-    return tile if runs(tile, device) else None
-
-
-def runs(tile, device: torch.device) -> bool:
-    """Whether the kernel can be compiled and started, for one patch of 4x4 pixels in 16 groups."""
-    cells = torch.zeros(1, 256, 128, device=device)
     try:
+        tile = importlib.import_module("losses._contrast_triton").tile
+        cells = torch.zeros(1, 256, 128, device=device)  # one patch as published
         tile(cells, cells, excluded_cells(16, 16, "released", device), 1.0, True, True)
-    except Exception as error:  # no C compiler, a GPU that Triton does not know, one with too little memory in its cores
+    except Exception as error:  # a broken Triton, no C compiler, a GPU that it does not know, one with too little memory in its cores
         logger.warning("Af-DCD's contrast runs without its Triton kernel and takes longer (%s: %s)", type(error).__name__, str(error).split("\n")[0])
-        return False
-    return True
+        return None
+    return tile
 
 
 def cell_view(x: Tensor, patch: int, groups: int) -> Tensor:

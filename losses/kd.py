@@ -25,6 +25,11 @@ class KD(Method):
         temperature: float = option(1.0, "softmax temperature T", above=0)
         mask_ignored: bool = option(False, "leave out pixels whose label is ignored (the published code keeps them)")
 
+    def __init__(self, options, setup):
+        super().__init__(options, setup)
+        if options.mask_ignored:
+            self.over_batch = {self.name: "rank"}  # a mean over labelled pixels
+
     def forward(self, student, teacher, batch):
         teacher_logits = resize_like(teacher.logits, student.logits)
         valid = labels_like(batch.target, student.logits) != IGNORE if self.options.mask_ignored else None

@@ -22,7 +22,8 @@ class OFD(Method):
     for a negative value and no more.
 
     The weight is the published one; the sums grow with the crop and the teacher's width. Stages that end in no ReLU (MobileNets) are
-    taken as they are; for such a teacher m is the mean of the channel's negative values in the process's batch.
+    taken as they are; for such a teacher m is the mean of the channel's negative values in the process's batch,
+    and the term no mean over images.
     """
 
     title = "Overhaul of feature distillation"

@@ -18,10 +18,10 @@ with the rows that are there; all have to be of one machine and one commit.
 Peaks are bytes of tensors made inside and alive at once (a GPU: of its allocator); on a CPU scratch memory within an operation is not seen.
 Operations are those that torch's dispatcher computes, on a GPU about one kernel each; blocks are waits of the host for the device. Both and
 the peak are of a run of its own, in which Af-DCD's contrast is not compiled on a CPU: that form makes the same tensors and 4 MiB more. The
-floor is what the products, each at its own precision, and the bytes of inputs, weights and gradients take at the best rates that a few 3x3
-convolutions and a sum reached on this machine at the start, the larger of the two. `of KD` is the time relative to plain KD's in the same
-part, shape and precision. Errors are relative, in the L2 norm: of the result, and of all gradients (a step's: of the first step, at which
-both forms have the same weights).
+floor is what the products, each at its own precision, and the bytes of the inputs of a loss or a piece and of the weights of a step or a
+teacher take at the best rates that a few 3x3 convolutions and a sum reached on this machine at the start, the larger of the two. `of KD` is the time
+relative to plain KD's in the same part, shape and precision. Errors are relative, in the L2 norm: of the result, and of all gradients (a step's:
+of the first step, at which both forms have the same weights).
 """
 
 import argparse
@@ -738,7 +738,7 @@ def measure(options: argparse.Namespace, machine: Machine, results: Results) -> 
     of_methods = [part for part in PARTS if part in options.parts and part in ("loss", "step")]
     others = [part for part in PARTS if part in options.parts and part not in of_methods]
     in_precisions = [part for part in others if part == "piece"]
-    amps = list(dict.fromkeys(options.amp))
+    amps = [amp for amp in ("off", "bf16") if amp in options.amp]
     once = len(others) - len(in_precisions)
     total = len(options.shapes) * (once + len(amps) * (len(in_precisions) + len(of_methods) * len(options.arms)))
     done = 0
@@ -759,9 +759,13 @@ def measure(options: argparse.Namespace, machine: Machine, results: Results) -> 
 
     print(table([]))
     for shape in options.shapes:
+        exact = Bench(shape, machine, options.repeats, options.step_repeats, "off")
+        for part in others:
+            if part not in in_precisions:
+                measured(exact, part)
         for amp in amps:
-            bench = Bench(shape, machine, options.repeats, options.step_repeats, amp)
-            for part in others if amp == amps[0] else in_precisions:
+            bench = exact if amp == "off" else Bench(shape, machine, options.repeats, options.step_repeats, amp)
+            for part in in_precisions:
                 measured(bench, part)
             for part in of_methods:
                 for arm in options.arms:

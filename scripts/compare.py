@@ -352,7 +352,8 @@ def start(candidate: Job, slot: int, slots: int, processes: int) -> subprocess.P
     """The training as a child that is told to stop when this process dies, with its share of the machine."""
     candidate.folder.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
-    environment.setdefault(*distributed.GRACE)
+    name, seconds = distributed.GRACE
+    environment[name] = environment.get(name) or seconds
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[slot * processes: (slot + 1) * processes])
@@ -449,6 +450,13 @@ def tune(plan: Plan, folder: Path, slots: int, stop: StopSignal) -> tuple[dict[s
         for arm, found in scores.items():
             alive[arm] = sorted(found, key=lambda trial: (-found[trial], trial))
     return {arm.name: settings(plan, arm, factors[alive[arm.name][0]]) for arm in plan.arms}, rows, failed
+
+
+def shortest_trial(plan: Plan, arm: Arm, folder: Path) -> Job:
+    """The first trial of an arm with the smallest budget, for a look at its flags."""
+    budget = rungs(plan)[0][1]
+    trial = job(plan, arm, TUNING_SEED, folder, budget, settings(plan, arm, draws(plan)[0]) | {"holdout": f"{TUNING_SHARE:g}"})
+    return replace(trial, name=f"{arm.name}, trials of {budget}")
 
 
 # ------------------------------------------------------------------------------------------------------------------------ main
@@ -611,6 +619,8 @@ def compare(options, flags: list[str]) -> int:
         return run_submitted(folder, options.run_job)
     plan = plan_of(options, flags)
     check([candidate for _, _, candidate in final_jobs(plan, folder, {})])
+    if plan.tune:
+        check([shortest_trial(plan, arm, folder) for arm in plan.arms])
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         return work(keep(plan, folder), folder, slots, options.launcher, options.published)

@@ -145,6 +145,15 @@ def test_plans_that_are_refused(arguments, flags, message):
         compare.plan_of(options, flags)
 
 
+def test_a_trial_that_cannot_be_is_refused_before_anything_is_kept(tmp_path):
+    """The shortest trials of successive halving have an eighth of the budget, less than the warm-up."""
+    given = ["--methods", "none", "--tune", "lr", "--trials", "16", "--search", "halving", "--budget", "iterations:400",
+             "--output", str(tmp_path / "out")]  # fmt: skip
+    with pytest.raises(ValueError, match="none, trials of iterations:50: --warmup-iterations 150: must be at most --max-iterations, 50; "):
+        compare.compare(compare.build_parser().parse_args(given), [*SMALL, "--warmup-iterations", "150"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_defaults_are_the_paths_of_the_launchers(tmp_path, monkeypatch):
     """The command of the README needs neither --output nor --teacher-checkpoint after scripts/train_baseline.sh."""
     monkeypatch.chdir(tmp_path)
@@ -483,13 +492,13 @@ def test_processes_share_the_machine(fake, monkeypatch):
     assert environment["CUDA_VISIBLE_DEVICES"] == "6,7" and command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.mark.parametrize("own", [None, "45"])
+@pytest.mark.parametrize("own", [None, "", "45"])
 def test_trainings_have_the_launchers_time_for_a_save(own, fake, monkeypatch):
     name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
     asked = []
     monkeypatch.setattr(compare.subprocess, "Popen", lambda command, **others: asked.append(others["env"]))
     monkeypatch.delenv(name, raising=False)
-    if own:
+    if own is not None:
         monkeypatch.setenv(name, own)
     compare.start(fake("a"), 0, 1, 2)
     assert asked[0][name] == (own or "600") and os.environ.get(name) == own

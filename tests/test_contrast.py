@@ -4,6 +4,7 @@ import logging
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -256,12 +257,27 @@ def test_compiled_is_plain(warnings):
         assert (ours - plain).norm() < 1e-4 * plain.norm()
 
 
-def test_a_kernel_that_fails_is_not_used(warnings):
-    def broken(*arguments):
-        raise RuntimeError("ptxas fatal: no kernel for sm_999\nand much more")
+@pytest.mark.parametrize("fails", ["import", "start", ""])
+def test_a_kernel_that_fails_is_not_used(monkeypatch, warnings, fails):
+    """A fake GPU: tensors are made on the CPU, and the kernel's module is a fake, too."""
+    def tile(*arguments):
+        if fails == "start":
+            raise RuntimeError("ptxas fatal: no kernel for sm_999\nand much more")
 
-    assert not module.runs(broken, torch.device("cpu")) and module.runs(lambda *arguments: None, torch.device("cpu"))
-    assert warnings == ["Af-DCD's contrast runs without its Triton kernel and takes longer (RuntimeError: ptxas fatal: no kernel for sm_999)"]
+    def load(name):
+        if fails == "import":
+            raise ImportError("libtriton.so: undefined symbol")
+        return SimpleNamespace(tile=tile)
+
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(module.importlib, "import_module", load)
+    monkeypatch.setattr(module, "excluded_cells", lambda *given: None)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    found = module.triton_tile.__wrapped__(torch.device("cuda"))
+    assert found is (None if fails else tile) and module.triton_tile.__wrapped__(torch.device("cpu")) is None
+    why = {"import": "ImportError: libtriton.so: undefined symbol", "start": "RuntimeError: ptxas fatal: no kernel for sm_999"}
+    assert warnings == [f"Af-DCD's contrast runs without its Triton kernel and takes longer ({why[fails]})" for _ in fails[:1]]
 
 
 INTERPRETED = """

@@ -145,13 +145,41 @@ def test_memory_formats_of_a_training(tmp_path, monkeypatch, flags, instructions
 @pytest.mark.parametrize("where,expected", [("off", (False, False)), ("convolutions", (True, False)), ("all", (True, True))])
 def test_what_a_gpu_computes_in_tf32(where, expected):
     """The switches that torch has for it; on a GPU it was not run."""
-    options = train_options(["--tf32", where, *SMALL[2:], "--device", "cpu", "--save-dir", "unused"], distil=False, description="")
+    options = train_options(["--tf32", where, *SMALL[2:], "--save-dir", "unused"], distil=False, description="")
+    default = train_options([*SMALL[2:], "--save-dir", "unused"], distil=False, description="")
     try:
-        with pytest.raises(SystemExit):
-            session.run_script(lambda options, device: None, options)
+        session.set_tf32(options, torch.device("cuda"))
         assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == expected
     finally:
-        session.set_tf32("convolutions")  # torch's own
+        session.set_tf32(default, CPU)
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (True, False), "torch's own"
+    with pytest.raises(ValueError, match=f"--tf32 {where}: is for GPUs, this training is on a cpu; drop the flag"):
+        session.set_tf32(options, CPU)
+
+
+def test_scripts_set_what_a_gpu_computes_in_tf32(monkeypatch):
+    seen = []
+    monkeypatch.setattr(session, "set_tf32", lambda options, device: seen.append((options.tf32, device)))
+    options = train_options([*SMALL[2:], "--device", "cpu", "--save-dir", "unused"], distil=False, description="")
+    with pytest.raises(SystemExit):
+        session.run_script(lambda options, device: None, options)
+    assert seen == [("convolutions", CPU)]
+
+
+@pytest.mark.parametrize("accumulate,method,lines", [
+    ("1", ["sp"], []), ("2", ["kd"], []),
+    ("2", ["sp", "dist"], ["sp: of the images of one micro-batch on all ranks, not of the whole step: sp; with another --accumulate",
+                           "dist: of the images of one rank and micro-batch, not of the whole step: logits, aux; with another number of ranks or "
+                           "another --accumulate"]),
+])  # fmt: skip
+def test_the_log_names_terms_that_are_no_mean_over_images(accumulate, method, lines):
+    options = train_options(["--method", *method, *SMALL, "--batch-size", "4", "--accumulate", accumulate, "--save-dir", "unused"], distil=True,
+                            description="")  # fmt: skip
+    student, teacher = networks()
+    setup = Setup(student.channels, teacher.channels, 5, (64, 64), 4 // int(accumulate), "shapes", teacher_norms=teacher.norms)
+    distiller = Distiller(student, TaskLoss(0.4), build_methods(options.methods, setup))
+    text = session.describe(distiller, teacher, {"macs": 0, "teacher_macs": 0, "extra_parameters": 0}, options, CPU)
+    assert [line for line in text.splitlines() if "another loss" in line] == [f"{line} it is another loss" for line in lines]
 
 
 @pytest.mark.parametrize("amp,dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
@@ -247,7 +275,7 @@ def test_the_learning_rate_rises_first(tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("--optimizer", "adamw")])
 def test_heads_have_their_own_learning_rate(tmp_path, flags):
-    """The first step moves the head by ten times as much as without the factor, and the backbone and the method's layers by as much."""
+    """The first step moves the head and the method's layer by ten times as much as without the factor, and the backbone by as much."""
     moved = []
     for factor in ("1", "10"):
         given = ["--lr", "1e-3", "--weight-decay", "0", "--head-lr-factor", factor, *flags]
@@ -257,7 +285,7 @@ def test_heads_have_their_own_learning_rate(tmp_path, flags):
         moved.append({name: (p - before[name]).norm().item() for name, p in training.distiller.named_parameters()})
     assert {name.split(".")[1] for name in moved[0]} == {"backbone", "head", "feature"} and all(value > 0 for value in moved[0].values())
     for name, value in moved[1].items():
-        assert value == pytest.approx((10 if name.startswith("student.head.") else 1) * moved[0][name], rel=1e-3), name
+        assert value == pytest.approx((1 if name.startswith("student.backbone.") else 10) * moved[0][name], rel=1e-3), name
 
 
 def adapter() -> dict:

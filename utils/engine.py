@@ -132,9 +132,9 @@ class MovingAverage(AveragedModel):
     def update_parameters(self, model: torch.nn.Module) -> None:
         ours, new = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
         weight = 1 - self.decay if self.n_averaged else 1.0
-        for number in {x.dtype for x in ours}:
-            pairs = [pair for pair in zip(ours, new, strict=True) if pair[0].dtype == number]
-            if number.is_floating_point:
+        for dtype in {x.dtype for x in ours}:
+            pairs = [pair for pair in zip(ours, new, strict=True) if pair[0].dtype == dtype]
+            if dtype.is_floating_point:
                 torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), weight)
             else:
                 torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # counts

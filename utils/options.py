@@ -248,9 +248,9 @@ def _add_training(parser):
     add(group, "optimizer", None, "sgd or adamw", recipe="recipe.optimizer", choices=("sgd", "adamw"))
     add(group, "lr", None, "learning rate at the start", recipe="recipe.lr", type=float, minimum=0)
     add(group, "lr-power", None, "power of the polynomial schedule", recipe="recipe.power", type=float, minimum=0)
-    add(group, "lr-floor", 0.0, "smallest learning rate", minimum=0)
-    add(group, "head-lr-factor", 1.0, "times the learning rate is what the network's layers outside its backbone have; 10 in codes of DeepLabV3+",
-        above=0)  # fmt: skip
+    add(group, "lr-floor", 0.0, "smallest learning rate of the schedule", minimum=0)
+    add(group, "head-lr-factor", 1.0, "learning rate of all layers outside the network's backbone, those of methods too, relative to --lr, which the "
+        "log shows; 10 in the DeepLabV3+ line", above=0)  # fmt: skip
     add(group, "warmup-iterations", 0, "steps in which the learning rate rises linearly to its schedule", minimum=0)
     add(group, "momentum", None, "momentum of sgd", recipe="recipe.momentum", type=float, minimum=0)
     add(group, "weight-decay", None, "weight decay of all parameters", recipe="recipe.weight_decay", type=float, minimum=0)

@@ -283,7 +283,7 @@ class Run:
                 how = "go on with the same launcher and arguments on every node, and --resume; the training's part:"
             elif distributed.launched():
                 name, default = distributed.GRACE
-                again = f"{name}={os.environ.get(name, default)} {again}"
+                again = f"{name}={os.environ.get(name) or default} {again}"
             write_text(self.folder / "INTERRUPTED", f"stopped after step {step}; {how}\n{again}\n")
             logger.info("stopped after step %d, saved; %s\n  %s", step, how, again)
 

@@ -39,7 +39,7 @@ def run_script(function, options: Options) -> None:
         device = distributed.init(options.device, options.dist_timeout)
         log.setup()
         if hasattr(options, "amp"):  # exports have no precision to choose
-            set_tf32(options.tf32)
+            set_tf32(options, device)
             warn_of_slow_autocast(options.amp, device)
         status = function(options, device)
     except KeyboardInterrupt:
@@ -54,10 +54,12 @@ def run_script(function, options: Options) -> None:
     sys.exit(status)
 
 
-def set_tf32(where: str) -> None:
-    """See --tf32."""
-    torch.backends.cudnn.allow_tf32 = where != "off"
-    torch.backends.cuda.matmul.allow_tf32 = where == "all"
+def set_tf32(options: Options, device: torch.device) -> None:
+    """See --tf32; ValueError where it would do nothing."""
+    if device.type != "cuda" and options.sources.get("tf32") == "command line":
+        raise ValueError(f"--tf32 {options.tf32}: is for GPUs, this training is on a {device.type}; drop the flag")
+    torch.backends.cudnn.allow_tf32 = options.tf32 != "off"
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32 == "all"
 
 
 def warn_of_slow_autocast(amp: str, device: torch.device) -> None:
@@ -381,9 +383,10 @@ def describe(distiller: Distiller, teacher, sizes: dict, options: Options, devic
     world = distributed.world()
     lines.append(f"{options.batch_size} images per step" + (f" on {world} ranks" if world > 1 else ""))
     for name, method in distiller.methods.items():
-        if divided := method.divided(world, options.accumulate):
-            lines.append(f"{name}: of the images of one rank and micro-batch, not of the whole step: {', '.join(divided)}; with another number "
-                         f"of ranks or another --accumulate it is another loss")  # fmt: skip
+        for whose, changes in (("rank", "with another number of ranks or another --accumulate"), ("ranks", "with another --accumulate")):
+            if divided := [term for term in method.divided(world, options.accumulate) if method.over_batch[term] == whose]:
+                images = "one rank and micro-batch" if whose == "rank" else "one micro-batch on all ranks"
+                lines.append(f"{name}: of the images of {images}, not of the whole step: {', '.join(divided)}; {changes} it is another loss")
     if world > 1 and device.type == "cpu":
         lines.append("BatchNorm normalises per rank: SyncBatchNorm exists on GPUs only")
     return "\n".join(lines)

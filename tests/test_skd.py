@@ -160,7 +160,7 @@ def test_wasserstein_with_gradient_penalty():
 def test_the_critic_has_an_optimizer_of_its_own():
     method = reference.build("skd", student={"logits": 5}, teacher={"logits": 5})
     distiller = Distiller(nn.Conv2d(3, 5, 1), TaskLoss(0.0), {"skd": method})
-    options = type("Options", (), {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0})
+    options = type("Options", (), {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "head_lr_factor": 1.0})
     optimizers = build_optimizers(distiller, options)
     (group,) = optimizers["skd"].param_groups
     assert (type(optimizers["skd"]), group["lr"], group["betas"]) == (torch.optim.Adam, 4e-4, (0.9, 0.99))

@@ -232,7 +232,7 @@ def train_step(training: Training, model, teacher: Teacher | None, micro: list, 
     gradients = [p.grad for p in training.distiller.parameters() if p.grad is not None]
     record.add(step, torch.stack(rows).mean(0), torch.nn.utils.get_total_norm(gradients), [name for batch in micro for name in batch.names])
     for group in training.optimizers["student"].param_groups:
-        group["lr"] = group["factor"] * learning_rate(options, step, progress)
+        group["lr"] = group.get("factor", 1.0) * learning_rate(options, step, progress)
     for optimizer in training.optimizers.values():
         training.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)

@@ -153,7 +153,7 @@ def test_what_a_gpu_computes_in_tf32(where, expected):
     finally:
         session.set_tf32(default, CPU)
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (True, False), "torch's own"
-    with pytest.raises(ValueError, match=f"--tf32 {where}: is for GPUs, this training is on a cpu; drop the flag"):
+    with pytest.raises(ValueError, match=f"--tf32 {where}: is for GPUs, and this runs on the cpu; drop the flag"):
         session.set_tf32(options, CPU)
 
 

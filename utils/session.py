@@ -57,7 +57,7 @@ def run_script(function, options: Options) -> None:
 def set_tf32(options: Options, device: torch.device) -> None:
     """See --tf32; ValueError where it would do nothing."""
     if device.type != "cuda" and options.sources.get("tf32") == "command line":
-        raise ValueError(f"--tf32 {options.tf32}: is for GPUs, this training is on a {device.type}; drop the flag")
+        raise ValueError(f"--tf32 {options.tf32}: is for GPUs, and this runs on the {device.type}; drop the flag")
     torch.backends.cudnn.allow_tf32 = options.tf32 != "off"
     torch.backends.cuda.matmul.allow_tf32 = options.tf32 == "all"
 

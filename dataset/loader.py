@@ -19,20 +19,25 @@ from dataset.sampler import EndlessSampler, EvalSampler
 from dataset.segmentation import SegDataset
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(main: int, worker: int) -> None:
     # torchrun and Ctrl-C signal the whole process group; the main process decides when to stop, and needs its workers to get there.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere SIGTERM keeps its meaning
+    if sys.platform == "linux":  # elsewhere SIGTERM keeps its meaning
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
+        threading.Thread(target=_obey, args=(main,), daemon=True).start()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
 
-def _obey_parent() -> None:
-    """End this worker on the main process's own SIGTERM, its last resort, without which it would wait for the worker for ever."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _obey(main: int) -> None:
+    """End this worker on the main process's own SIGTERM, its last resort, or once that process is gone.
+
+    PyTorch's worker asks whether its parent has changed since it was ready: one whose parent was killed before that would stay for ever.
+    """
+    while os.getppid() == main:
+        sent = signal.sigtimedwait({signal.SIGTERM}, 5)
+        if sent and sent.si_pid == main:
+            break
     os._exit(0)
 
 
@@ -69,6 +74,7 @@ class _Loader(DataLoader):
     """
 
     def __iter__(self) -> Iterator[Batch]:
+        self.worker_init_fn = functools.partial(_start_worker, os.getpid())
         iterator = super().__iter__()
         stop = functools.partial(_stop_workers, weakref.ref(iterator))
         if self.num_workers:
@@ -95,6 +101,5 @@ def build_loader(dataset: SegDataset, sampler: EndlessSampler | EvalSampler, *, 
     context = "fork" if workers and sys.platform == "linux" else None
     # An iterator draws its workers' base seed from this generator; from the global one it would make a resume inexact.
     generator = torch.Generator().manual_seed(0)
-    return _Loader(_Carried(dataset), **batching, num_workers=workers, collate_fn=_collate, worker_init_fn=_start_worker,
-                   multiprocessing_context=context, persistent_workers=workers > 0, pin_memory=torch.device(device).type == "cuda",
-                   generator=generator)
+    return _Loader(_Carried(dataset), **batching, num_workers=workers, collate_fn=_collate, multiprocessing_context=context,
+                   persistent_workers=workers > 0, pin_memory=torch.device(device).type == "cuda", generator=generator)

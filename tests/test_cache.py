@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from dataset import Augment, Cache, DataError, EndlessSampler, EvalSampler, build_dataset, build_loader, cache, get_spec
+from dataset import loader as loading
 from dataset.layout import FilePair, Folders
 from dataset.reading import LabelMap
 from tests.workers import on_ranks, train
@@ -511,8 +512,11 @@ def test_workers_stay_and_batches_for_a_gpu_are_pinned(device, workers):
     assert (loader.persistent_workers, loader.pin_memory) == (workers > 0, device == "cuda")
 
 
-def load_for_ever(connection) -> None:
+def load_for_ever(connection, late: bool) -> None:
     multiprocessing.set_start_method("forkserver", force=True)
+    if late:
+        start = loading._start_worker
+        loading._start_worker = lambda main, worker: (time.sleep(worker), start(main, worker))
     loader = build_loader(build_dataset("shapes", None, "train", augment=CROP), EndlessSampler(512, 4), workers=2)
     for number, _ in enumerate(loader):
         if number == 0:
@@ -529,11 +533,16 @@ def parent_of(pid: int) -> int | None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the start method of Linux")
-def test_workers_are_forked_and_end_with_a_killed_training():
-    """Under the fork server, the default of Python 3.14, they would be its children and never see the training go."""
+@pytest.mark.parametrize("late", [False, True])
+def test_workers_are_forked_and_end_with_a_killed_training(late):
+    """Under the fork server, the default of Python 3.14, they would be its children and never see the training go.
+
+    The second worker is `late` where the training is killed before it is ready: PyTorch's own watch would begin with the new parent.
+    """
     ours, theirs = context.Pipe(duplex=False)
-    training = context.Process(target=load_for_ever, args=(theirs,))
+    training = context.Process(target=load_for_ever, args=(theirs, late))
     training.start()
+    theirs.close()
     workers = ours.recv()
     assert [parent_of(pid) for pid in workers] == [training.pid, training.pid]
     training.kill()
@@ -541,4 +550,7 @@ def test_workers_are_forked_and_end_with_a_killed_training():
     limit = time.monotonic() + 60  # they look every 5 seconds
     while any(map(parent_of, workers)) and time.monotonic() < limit:
         time.sleep(0.05)
-    assert not any(map(parent_of, workers))
+    left = [pid for pid in workers if parent_of(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)  # it would hold the terminal of the tests
+    assert not left

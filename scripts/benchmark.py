@@ -4,20 +4,21 @@
     python -m scripts.benchmark --amp off bf16 --step-repeats 1     # in both precisions, with one repeat of what takes longest
     python -m scripts.benchmark --quick --methods kd cirkd          # seconds: small shapes, one repeat
     python -m scripts.benchmark --parts step --shapes camvid --amp bf16 --step-repeats 1 --methods kd afdcd afdcd:afdcd-projector=bottleneck
+    python -m scripts.benchmark --parts step --compile off default --methods kd
 
 Parts: of every method the loss, forward and backward, and the whole step (DeepLabV3-ResNet101 -> DeepLabV3-ResNet18); Af-DCD's contrast
 and the front of its projector alone; then the task loss, the teacher, the metric and the loader. Both forms run interleaved on the same
 fresh inputs after a warm-up; times are medians: process CPU time on one thread, or a GPU's own clock. Their results are compared in the
 same run. Ours gets maps, weights and pictures in the memory formats of a training, the plain form in NCHW, as published trainings have
-them. Under --amp bf16 both run in autocast. A method without a plain form in a `loss` row is computed as its formula is written; its
-`step` row shows what the rest of the step gains.
+them. Under --amp bf16 both run in autocast; --compile is of our form's networks alone. A method without a plain form in a `loss` row is
+computed as its formula is written; its `step` row shows what the rest of the step gains.
 
 Writes table.md and rows.json to --output after every row. A command that was interrupted, or another one with the same --output, goes on
 with the rows that are there; all have to be of one machine and one commit.
 
 Peaks are bytes of tensors made inside and alive at once (a GPU: of its allocator); on a CPU scratch memory within an operation is not seen.
 Operations are those that torch's dispatcher computes, on a GPU about one kernel each; blocks are waits of the host for the device. Both and
-the peak are of a run of its own, in which Af-DCD's contrast is not compiled on a CPU: that form makes the same tensors and 4 MiB more. The
+the peak are of a run of its own, in which nothing is compiled: Af-DCD's contrast makes the same tensors and 4 MiB more then on a CPU. The
 floor is what the products, each at its own precision, and the bytes of the inputs of a loss or a piece and of the weights of a step or a
 teacher take at the best rates that a few 3x3 convolutions and a sum reached on this machine at the start, the larger of the two. `of KD` is the time
 relative to plain KD's in the same part, shape and precision. Errors are relative, in the L2 norm: of the result, and of all gradients (a step's:
@@ -61,9 +62,9 @@ from scripts import plain
 from scripts.compare import METHOD_FLAGS, Arm, parse_arm
 from scripts.watch import Watch, watched
 from utils import engine, metrics
-from utils.distill import Distiller, Teacher
+from utils.distill import Distiller, Teacher, check_compile
 from utils.optim import build_optimizers
-from utils.options import train_options
+from utils.options import COMPILE, train_options
 from utils.run import commit, write_text, writing
 from utils.session import explain
 
@@ -181,23 +182,23 @@ def cpu_name() -> str:
 
 
 def compare(machine: Machine, row: dict, forms: dict[str, Callable], inputs: Callable, repeats: int, error: Callable, size=lambda given: 0,
-            sums: int = 0) -> Row:
+            sums: int = 0, warm_up: int = 1) -> Row:
     """Measure the forms "ours" and, if there is one, "plain", each called with what `inputs(number)` returns.
 
     error: (ours, plain) -> (value error, gradient error) of their results; size: bytes that have to be read and written; sums: operations in
     float32 that are no product, and therefore not counted by themselves.
     """
     times, errors = {name: [] for name in forms}, []
-    for number in range(repeats + 1):  # the first one warms up
+    for number in range(warm_up + repeats):
         given, results = inputs(number), {}
         for name in list(forms)[:: 1 if number % 2 else -1]:
             seconds, results[name] = machine.seconds(lambda run=forms[name], given=given: run(*given))
-            if number:
+            if number >= warm_up:
                 times[name].append(1000 * seconds)
         if "plain" in forms:
             errors.append(error(results["ours"], results["plain"]))
         del results
-    given = inputs(repeats + 1)
+    given = inputs(warm_up + repeats)
     watches = {name: machine.watched(lambda run=run: run(*given)) for name, run in forms.items()}
     ours, other = watches["ours"], watches.get("plain")
     return Row(
@@ -346,17 +347,19 @@ class Bench:
         return compare(self.machine, self.row("loss", arm.name, self.amp), forms,
                        lambda number: ({form: prepared(form, number) for form in names},), self.repeats, error, lambda given: size)  # fmt: skip
 
-    def step(self, arm: Arm) -> Row:
-        """A whole step of `train_step`; its plain form has the teacher as it was trained, NCHW, and every plain form."""
+    def step(self, arm: Arm, mode: str = "off") -> Row:
+        """A whole step of `train_step` under `--compile mode`; its plain form has the teacher as it was trained, NCHW, and every plain form."""
         options, trainings, first = self.options(arm), {}, {form: {} for form in FORMS}
         for form in FORMS:
             torch.manual_seed(0)
-            distiller = Distiller(copy.deepcopy(self.student), TaskLoss(0.4), self.methods(options)).to(self.device)
+            options.compile = mode if form == "ours" else "off"
+            distiller = Distiller(copy.deepcopy(self.student), TaskLoss(0.4), self.methods(options), options.compile).to(self.device)
             distiller.arrange(self.layout(form, "student"))
             teacher = fold_batchnorm(self.teacher, distiller.teacher_needs)[0] if form == "ours" else copy.deepcopy(self.teacher)
             teacher = Teacher(teacher.to(device=self.device, memory_format=self.layout(form, "teacher")), distiller.teacher_needs,
-                              dtype=engine.AMP[self.amp] if form == "ours" else None)  # fmt: skip
-            trainings[form] = engine.Training(distiller, build_optimizers(distiller, options), options, self.device), distiller, teacher
+                              dtype=engine.AMP[self.amp] if form == "ours" else None, compile=options.compile)  # fmt: skip
+            optimizers = build_optimizers(distiller, options)
+            trainings[form] = engine.Training(distiller, optimizers, copy.copy(options), self.device), distiller, teacher
 
         def run(form, context):
             training, distiller, teacher = trainings[form]
@@ -387,7 +390,9 @@ class Bench:
         _, distiller, teacher = trainings["ours"]
         # weights of the teacher; of what is trained, weights and momentum read and written and gradients written and read
         size = bytes_of(teacher.model.parameters()) + 6 * bytes_of(p for p in distiller.parameters() if p.requires_grad)
-        return compare(self.machine, self.row("step", arm.name, self.amp), forms, inputs, self.step_repeats, error, lambda given: size)
+        warm_up = 1 if mode in ("off", "default") else 3  # CUDA graphs are recorded in the second step
+        return compare(self.machine, self.row("step", step_name(arm, mode), self.amp), forms, inputs, self.step_repeats, error, lambda given: size,
+                       warm_up=warm_up)  # fmt: skip
 
     def task(self) -> list[Row]:
         """Cross-entropy with the upsampling, forward and backward."""
@@ -562,6 +567,11 @@ class Bench:
         return rows
 
 
+def step_name(arm: Arm, mode: str) -> str:
+    """Of its row, under `--compile mode`."""
+    return arm.name if mode == "off" else f"{arm.name}, --compile {mode}"
+
+
 def paint(image: Path, label: Path, size: tuple[int, int], seed: int) -> None:
     """A picture with the detail of a street, as PNG, and labels in blobs."""
     random = np.random.default_rng(seed)
@@ -673,6 +683,8 @@ def parse(argv=None) -> argparse.Namespace:
                         "as in icsd:icsd-upsample= (default: all); kd comes with them")  # fmt: skip
     parser.add_argument("--amp", nargs="+", choices=("off", "bf16"), default=("off",), help="of losses, pieces and steps, in both forms, one after "
                         "the other (default: off)")  # fmt: skip
+    parser.add_argument("--compile", nargs="+", choices=COMPILE, default=("off",), help="of the networks of our form of a step, one after the other "
+                        "(default: off)")  # fmt: skip
     parser.add_argument("--repeats", type=int, help="after the warm-up (default: 9)")
     parser.add_argument("--step-repeats", type=int, help="of steps, pieces and teachers (default: a third of --repeats)")
     parser.add_argument("--output", help="folder of table.md and rows.json (default: results/bench_MACHINE; with --quick none)")
@@ -691,8 +703,8 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')}: --quick has its own; drop one of them")
     if options.methods and not {"loss", "step"} & set(options.parts):
         raise ValueError(f"--methods: --parts {' '.join(options.parts)} has no method in it; drop it, or add loss or step")
-    readers_of = {"--amp": ("piece", "loss", "step"), "--step-repeats": ("piece", "step", "teacher")}
-    for (flag, readers), given in zip(readers_of.items(), ("bf16" in options.amp, options.step_repeats), strict=True):
+    readers_of = {"--amp": ("piece", "loss", "step"), "--step-repeats": ("piece", "step", "teacher"), "--compile": ("step",)}
+    for (flag, readers), given in zip(readers_of.items(), ("bf16" in options.amp, options.step_repeats, {*options.compile} - {"off"}), strict=True):
         if given and not {*readers} & set(options.parts):
             raise ValueError(f"{flag}: --parts {' '.join(options.parts)} does not read it; drop it, or add {' or '.join(readers)}")
     options.repeats = 1 if options.quick else 9 if options.repeats is None else options.repeats
@@ -702,6 +714,8 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is visible to torch; pass --device cpu")
+    for mode in options.compile:
+        check_compile(mode, torch.device(options.device), 1)
     arms = [parse_arm(token) for token in options.methods or METHODS]
     for arm in arms:
         if len(arm.methods) != 1 or arm.seed_offset:
@@ -740,21 +754,24 @@ def measure(options: argparse.Namespace, machine: Machine, results: Results) -> 
     in_precisions = [part for part in others if part == "piece"]
     amps = [amp for amp in ("off", "bf16") if amp in options.amp]
     once = len(others) - len(in_precisions)
-    total = len(options.shapes) * (once + len(amps) * (len(in_precisions) + len(of_methods) * len(options.arms)))
+    modes = {"loss": ("off",), "step": [mode for mode in COMPILE if mode in options.compile]}
+    of_arms = len(options.arms) * sum(len(modes[part]) for part in of_methods)
+    total = len(options.shapes) * (once + len(amps) * (len(in_precisions) + of_arms))
     done = 0
 
-    def measured(bench, part, arm=None):
+    def measured(bench, part, arm=None, mode="off"):
         """The rows of a part, of a method where there is one, unless they are there; a line of how far it is."""
         nonlocal done
         done += 1
-        there = results.has(part, arm.name if arm else None, bench.shape_name, bench.amp if arm or part in in_precisions else None)
+        name = step_name(arm, mode) if arm else None
+        there = results.has(part, name, bench.shape_name, bench.amp if arm or part in in_precisions else None)
         if not there:
-            new = getattr(bench, {"teacher": "teacher_forms"}.get(part, part))(*([arm] if arm else []))
-            new = [new] if arm else new
+            measure = getattr(bench, {"teacher": "teacher_forms"}.get(part, part))
+            new = [measure(arm, mode) if part == "step" else measure(arm)] if arm else measure()
             results.add(*new)
             print("\n".join(table(results.rows).splitlines()[-len(new):]), flush=True)
         seconds = int(time.monotonic() - start)
-        print(f"{done} of {total}: {part}{f' {arm.name}' if arm else ''}, {bench.shape_name}, {'there already' if there else 'done'} after "
+        print(f"{done} of {total}: {part}{f' {name}' if arm else ''}, {bench.shape_name}, {'there already' if there else 'done'} after "
               f"{seconds // 60}:{seconds % 60:02d}", file=sys.stderr, flush=True)  # fmt: skip
 
     print(table([]))
@@ -769,7 +786,8 @@ def measure(options: argparse.Namespace, machine: Machine, results: Results) -> 
                 measured(bench, part)
             for part in of_methods:
                 for arm in options.arms:
-                    measured(bench, part, arm)
+                    for mode in modes[part]:
+                        measured(bench, part, arm, mode)
 
 
 if __name__ == "__main__":

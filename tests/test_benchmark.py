@@ -233,6 +233,24 @@ def test_rows_of_the_benchmark(tmp_path, capsys, monkeypatch):
     assert cells["of KD"] == "1.00"
 
 
+def test_steps_with_compiled_networks_have_rows_of_their_own(capsys, monkeypatch):
+    """With a compiler that does nothing but count: both networks of our form, one pass in each of two steps and in the one that is watched."""
+    compiled, passes, compile = [], [], torch.compile
+
+    def counting(function, mode=None, **options):
+        if mode is None:  # the contrast's kernels, and the look whether there is a compiler
+            return compile(function, **options)
+        compiled.append(mode)
+        return lambda *arguments: (passes.append(mode), function(*arguments))[1]
+
+    monkeypatch.setattr(torch, "compile", counting)
+    benchmark.main(["--quick", "--parts", "step", "--compile", "default", "off", "--methods", "kd"])
+    printed = capsys.readouterr()
+    lines = [line.split(" | ") for line in printed.out.splitlines() if line.startswith("| step ")]
+    assert [line[1] for line in lines[: len(lines) // 2]] == ["kd", "kd, --compile default"] and "2 of 2: step kd, --compile default" in printed.err
+    assert compiled == ["default", "default"] and len(passes) == 6
+
+
 def test_a_wrong_gradient_of_a_step_is_seen(monkeypatch):
     """Also one of the same length as the right one."""
     bench = benchmark.Bench(benchmark.QUICK[0], benchmark.Machine(torch.device("cpu"), quick=True), 1, 1, "off")
@@ -342,6 +360,8 @@ def test_maps_and_weights_of_a_loss_are_those_of_a_step(monkeypatch, amp, dtype,
     (["--methods", "nope"], "--methods nope: there is no method 'nope'; possible: "), (["--repeats", "0"], "--repeats 0: must be at least 1"),
     (["--parts", "loader", "--amp", "bf16"], "--amp: --parts loader does not read it"),
     (["--parts", "loss", "--step-repeats", "3"], "--step-repeats: --parts loss does not read it"),
+    (["--parts", "loss", "--compile", "default"], "--compile: --parts loss does not read it"),
+    (["--compile", "reduce-overhead"], "--compile reduce-overhead: records CUDA graphs, which cpu has not"),
     (["--methods", "kd:batch-size=1"], "batch-size is no option of kd"),
     (["--step-repeats", "0"], "--step-repeats 0: must be at least 1"), (["--quick", "--repeats", "3"], "--repeats: --quick has its own"),
     (["--quick", "--shapes", "citys"], "--shapes: --quick has its own"), (["--methods", "kd+cwd"], "kd+cwd: one method at a time"),

@@ -818,16 +818,74 @@ def networks():
 
 
 def a_step(name, device=CPU, *flags):
-    """() -> None, one step of a training with the method, on the device."""
+    """() -> the step's row of the record: one step of a training with the method, on the device."""
     options = train_options(["--method", name, *SMALL, *flags, "--save-dir", "unused"], distil=True, description="")
     student, teacher = map(deepcopy, networks())
     setup = Setup(student.channels, teacher.channels, 5, (64, 64), 2, "shapes", teacher_norms=teacher.norms)
-    distiller = Distiller(student, TaskLoss(0.4, kind=options.task_loss), build_methods(options.methods, setup)).to(device)
-    frozen = Teacher(teacher.to(device), distiller.teacher_needs, dtype=engine.AMP[options.amp])
+    distiller = Distiller(student, TaskLoss(0.4, kind=options.task_loss), build_methods(options.methods, setup), options.compile).to(device)
+    frozen = Teacher(teacher.to(device), distiller.teacher_needs, dtype=engine.AMP[options.amp], compile=options.compile)
     training = Training(distiller, build_optimizers(distiller, options), options, device)
     image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     batch = Batch(image, image[:, 0] // 64, ["a", "b"]).to(device)
-    return lambda: engine.train_step(training, distiller, frozen, [batch], training.record)
+
+    def step():
+        engine.train_step(training, distiller, frozen, [batch], training.record)
+        return training.record.rows[-1]
+
+    return step
+
+
+class Graphs:
+    """What CUDA graphs do to memory, on a CPU: outputs of a network are gone where the next step begins, and no gradient may be left then."""
+
+    def __init__(self):
+        self.networks, self.outputs, self.steps = [], [], 0
+
+    def compile(self, forward, mode=None, dynamic=None):
+        self.networks.append(forward.__self__)
+
+        def run(*arguments):
+            output = forward(*arguments)
+            self.outputs += [x.detach() for x in vars(output).values() if x is not None]
+            return output
+
+        return run
+
+    def begin_step(self):
+        assert all(parameter.grad is None for network in self.networks for parameter in network.parameters())
+        for output in self.outputs:
+            output.fill_(float("nan"))
+        self.outputs, self.steps = [], self.steps + 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_cuda_graphs_overwrite_is_read_by_nobody(name, monkeypatch):
+    """`--compile reduce-overhead`, as far as that can be seen without a GPU."""
+    found = []
+    for flags in ((), ("--compile", "reduce-overhead")):
+        graphs = Graphs()
+        monkeypatch.setattr(torch, "compile", graphs.compile)
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", graphs.begin_step)
+        torch.manual_seed(0)
+        step = a_step(name, CPU, *flags)
+        found.append([step() for _ in range(3)])
+    assert graphs.steps == 3 and len(graphs.networks) == 2
+    assert all(map(torch.equal, *found)) and not torch.equal(found[0][0], found[0][2])
+
+
+def test_a_network_output_that_outlives_its_step_is_seen(monkeypatch):
+    kept, forward = [], METHODS["kd"].forward
+
+    def late(self, student, teacher, batch):
+        kept.append(teacher)
+        return forward(self, student, kept[max(0, len(kept) - 2)], batch)
+
+    monkeypatch.setattr(METHODS["kd"], "forward", late)
+    graphs = Graphs()
+    monkeypatch.setattr(torch, "compile", graphs.compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", graphs.begin_step)
+    step = a_step("kd", CPU, "--compile", "reduce-overhead")
+    assert [bool(step().isfinite().all()) for _ in range(2)] == [True, False]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -865,12 +923,29 @@ def test_a_read_in_a_step_is_seen(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", METHODS)
-def test_a_gpu_is_never_waited_for(name):
-    step = a_step(name, torch.device("cuda"))
-    step()  # tuning and compiling may wait
+@pytest.mark.parametrize("mode", ["off", "reduce-overhead"])
+def test_a_gpu_is_never_waited_for(name, mode):
+    step = a_step(name, torch.device("cuda"), "--compile", mode)
+    for _ in range(3):  # tuning, compiling and recording graphs may wait
+        step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", METHODS)
+def test_cuda_graphs_compute_the_same(name, monkeypatch):
+    for module in networks()[0].modules():
+        if isinstance(module, nn.Dropout):
+            monkeypatch.setattr(module, "p", 0.0)  # its masks are others when compiled
+    found = []
+    for mode in ("off", "reduce-overhead"):
+        torch.manual_seed(0)
+        step = a_step(name, torch.device("cuda"), "--compile", mode, "--lr", "1e-6")
+        found.append(torch.stack([step() for _ in range(5)])[:, :-1])
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)  # convolutions are in TF32

@@ -301,7 +301,7 @@ def train_options(argv=None, *, distil: bool, description: str) -> Options:
     _add_cache(parser, _add_data(parser))
     _add_training(parser)
     parser.add(_add_device(parser), "compile", "off", "compile the networks by torch.compile in this mode: minutes at the start, other dropout "
-               "masks; reduce-overhead and max-autotune record CUDA graphs", choices=COMPILE)  # fmt: skip
+               "masks; reduce-overhead and max-autotune record CUDA graphs, for small batches", choices=COMPILE)  # fmt: skip
     if distil:
         parser.add_methods(_methods_to_show(parser, argv))
     given = parser.parse(argv)

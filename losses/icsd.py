@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from losses.base import Method, option, term_weight
 from losses.functional import full_precision, pixel_kl, resize_like
@@ -17,9 +18,8 @@ class ICSD(Method):
     Term `ics`, form "paper": class k is a distribution over all positions, p_k = softmax of its logits; ICS[k, l] = KL(p_k || p_l)
     per image; the loss is the mean squared difference of the two matrices. Form "released", what the authors' code computes: softmax
     over the height alone; one matrix per batch with the entries (1/B) * sum of p_l * (log p_l - p_k) for k <= l, mirrored below;
-    rows divided by their L2 norm; the mean squared difference divided by B, the images of one process: with half as many per process it is
-    four times as strong (the published runs have 6). Both are one product of matrices and one vector of
-    entropies.
+    rows divided by their L2 norm, which takes 1/B out again; the mean squared difference divided by B, the images of one process: with half as
+    many per process it is four times as strong (the published runs have 6). Both are one product of matrices and one vector of entropies.
 
     Term `kd` is plain KD. The authors' is divided by K as well and has weight 10, which is 10 / K here. Their weight of `ics`, 9500,
     belongs to the released form. That of the paper form, 1, is this project's: on `shapes` the gradient at the student's logits is
@@ -52,23 +52,25 @@ class ICSD(Method):
 
     def forward(self, student, teacher, batch):
         options, terms = self.options, {}
-        teacher_logits, student_logits = resize_like(teacher.logits, student.logits), student.logits
-        if options.upsample:
-            student_logits, teacher_logits = (
-                F.interpolate(x, size=batch.target.shape[-2:], mode="bilinear", align_corners=True) for x in (student_logits, teacher_logits)
-            )
+        logits = student.logits, resize_like(teacher.logits, student.logits)
+        size = batch.target.shape[-2:] if options.upsample else None
         if self.active("ics"):
-            similarity = {"paper": divergence_loss, "released": released_loss}[options.form]
-            terms["ics"] = similarity(student_logits / options.temperature, teacher_logits / options.temperature)
+            loss = {"paper": divergence_loss, "released": released_loss}[options.form]
+            terms["ics"] = loss(*(x if options.temperature == 1 else x / options.temperature for x in logits), size)
         if self.active("kd"):
-            terms["kd"] = pixel_kl(student_logits, teacher_logits, options.temperature)
+            terms["kd"] = pixel_kl(*(upsampled(x, size) for x in logits), options.temperature)
         return terms
 
 
+def upsampled(logits: Tensor, size) -> Tensor:
+    """Logits at a size (height, width), in NCHW, as the released code enlarges them; as they are where it is None."""
+    return logits if size is None else F.interpolate(logits.contiguous(), size=size, mode="bilinear", align_corners=True)
+
+
 @full_precision
-def divergence_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the matrices of KL divergences between classes; logits (B, K, h, w)."""
-    return F.mse_loss(divergences(student), divergences(teacher))
+def divergence_loss(student: Tensor, teacher: Tensor, size=None) -> Tensor:
+    """Mean squared difference of the matrices of KL divergences between classes; logits (B, K, h, w), compared at `size`."""
+    return F.mse_loss(divergences(upsampled(student, size)), divergences(upsampled(teacher, size)))
 
 
 def divergences(logits: Tensor) -> Tensor:
@@ -81,21 +83,53 @@ def divergences(logits: Tensor) -> Tensor:
 
 
 @full_precision
-def released_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the released similarity matrices, divided by B; logits (B, K, h, w)."""
-    return (F.mse_loss(released_similarity(student), released_similarity(teacher)) / len(student)).to(student.dtype)
+def released_loss(student: Tensor, teacher: Tensor, size=None) -> Tensor:
+    """Mean squared difference of the released similarity matrices, divided by B; logits (B, K, h, w), compared at `size`."""
+    return (F.mse_loss(released_similarity(student, size), released_similarity(teacher, size)) / len(student)).to(student.dtype)
 
 
-def released_similarity(logits: Tensor) -> Tensor:
-    """(B, K, h, w) -> (K, K) float64 with unit rows.
+def released_similarity(logits: Tensor, size=None) -> Tensor:
+    """(B, K, h, w), upsampled to `size` -> (K, K) float64 with unit rows.
 
     At 512x512 the entries are near -3000 and differ by a few: the sums of rows and images are in double precision, which brings the
     gradient 2 to 5 times nearer to that of float64. A row is summed in single: one double copy of the maps would take half the time.
     """
-    log_p = logits.log_softmax(2)  # over the height
-    p = log_p.exp()
-    entropy = (p * log_p).sum(3).sum((0, 2), dtype=torch.float64)  # (K,)
-    p = p.flatten(2)
-    gram = (p @ p.transpose(1, 2)).sum(0, dtype=torch.float64)  # (K, K)
-    upper = ((entropy - gram) / len(logits)).triu()
-    return F.normalize(upper + upper.triu(1).T, dim=1)
+    return _Rows.apply(logits, size)
+
+
+class _Rows(torch.autograd.Function):
+    """The released matrix. Keeps log p alone of its maps, and has two at a time, with the gradient three, where autograd would have seven."""
+
+    @staticmethod
+    def forward(ctx, logits, size):
+        log_p = upsampled(logits, size).log_softmax(2).contiguous()  # over the height
+        p = log_p.exp()
+        rows = p.flatten(2)
+        gram = (rows @ rows.transpose(1, 2)).sum(0, dtype=torch.float64)  # (K, K)
+        entropy = p.mul_(log_p).sum(3).sum((0, 2), dtype=torch.float64)  # (K,)
+        upper = (entropy - gram).triu()  # times B; no entry is 0
+        matrix = upper + upper.triu(1).T
+        norm = matrix.norm(dim=1, keepdim=True)
+        matrix /= norm
+        ctx.save_for_backward(logits, log_p, matrix, norm)
+        ctx.size = size
+        return matrix
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        logits, log_p, matrix, norm = ctx.saved_tensors
+        gradient = (gradient - matrix * (gradient * matrix).sum(1, keepdim=True)) / norm
+        both = (gradient + gradient.T).to(log_p.dtype)
+        of_entropy = both.triu(1).sum(0).add_(gradient.diagonal())
+        p = log_p.exp()
+        rows = p.flatten(2)
+        of_map = torch.baddbmm(rows, both.expand(len(p), -1, -1), rows, beta=0, alpha=-1).view_as(p)  # of the products, to log p below
+        of_map.addcmul_(of_entropy[:, None, None], log_p).mul_(p)  # without of_entropy itself, which the next line takes off again
+        of_map.addcmul_(p, of_map.sum(2, keepdim=True), value=-1)
+        if ctx.size is None:
+            return of_map, None
+        del p, rows
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            return *torch.autograd.grad(upsampled(logits, ctx.size), logits, of_map), None

@@ -17,7 +17,7 @@ from torch import Tensor
 from dataset.layout import FilePair
 from dataset.transforms import PAD_COLOUR, Draw
 from losses import contrast as omni
-from losses import projection
+from losses import icsd, projection
 from losses.base import IGNORE
 from losses.functional import widen
 
@@ -110,9 +110,9 @@ def divergences(logits: Tensor) -> Tensor:
     return torch.stack(rows, 1)  # (B, K, K)
 
 
-def released_similarity(logits: Tensor) -> Tensor:
+def released_similarity(logits: Tensor, size=None) -> Tensor:
     """`losses.icsd.released_similarity`, one pair of classes after the other."""
-    p, count = logits.softmax(2), logits.shape[1]
+    p, count = icsd.upsampled(logits, size).softmax(2), logits.shape[1]
     entries = {
         (k, m): F.kl_div(p[:, k], p[:, m], reduction="sum") / len(logits) for k in range(count) for m in range(k, count)
     }

@@ -199,7 +199,7 @@ def test_precision_and_compile_reach_both_networks(tmp_path, monkeypatch, amp, d
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
     options = train_options([*given, "--amp", amp, "--compile", "default", "--save-dir", str(tmp_path / "run")], distil=True, description="")
     session.train(options, CPU)
-    assert modes == ["default", *2 * [{"mode": "default", "dynamic": False}]] and len(marks) == 2
+    assert modes == ["default", *2 * [{"options": {"layout_optimization": False}, "dynamic": False}]] and len(marks) == 2
     (teacher,) = teachers
     assert passes[0] is passes[2] is teacher.model and passes[1] is passes[3] is not teacher.model and len(passes) == 4
     modules = [*teacher.model.modules()]
@@ -841,7 +841,8 @@ class Graphs:
     def __init__(self):
         self.networks, self.outputs, self.steps = [], [], 0
 
-    def compile(self, forward, mode=None, dynamic=None):
+    def compile(self, forward, options, dynamic):
+        assert options["triton.cudagraphs"] and not dynamic
         self.networks.append(forward.__self__)
 
         def run(*arguments):

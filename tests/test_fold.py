@@ -139,10 +139,13 @@ def test_no_compiler_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_networks_compute_the_same():
-    """Loss and gradients of a student, outputs of a teacher with stages before their ReLU; the names of the state stay."""
-    torch.manual_seed(0)  # some random weights cancel so far that rounding is seen
+    """Loss and gradients of a student, outputs of a teacher with stages before their ReLU; the names of the state stay.
+
+    In float64: in float32 rounding moves gradients of the first layer by a few thousandths.
+    """
+    torch.manual_seed(0)
     image, target = picture(64), torch.randint(0, 5, (2, 64, 64), dtype=torch.uint8)
-    student, teacher = (build_model("deeplabv3", "resnet18_vanilla", 5, aux=False) for _ in range(2))
+    student, teacher = (build_model("deeplabv3", "resnet18_vanilla", 5, aux=False).double() for _ in range(2))
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -158,4 +161,4 @@ def test_compiled_networks_compute_the_same():
         output = Teacher(trained(teacher), ("logits", "p3", "p1"), compile=mode)(batch)
         results[-1] += [output.logits, output.p3, output.p1]
     for plain, compiled in zip(*results, strict=True):
-        assert (plain - compiled).abs().max() <= 1e-3 * plain.abs().max()
+        assert plain.dtype == torch.float64 and (plain - compiled).abs().max() <= 1e-9 * plain.abs().max()

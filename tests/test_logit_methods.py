@@ -10,6 +10,7 @@ from torch import nn
 
 from losses import bpkd, cwd, dist, dkd, hwd, ickd, icsd
 from losses.functional import channel_kl, pixel_kl
+from scripts.watch import Watch
 from tests import reference
 
 CHANNELS = {"logits": 5, "aux": 5, "head": 6, "c4": 6, "c3": 4}
@@ -200,6 +201,22 @@ def test_ics_keeps_its_digits_at_full_size(loss):
         gradients.append(torch.autograd.grad(values[-1], student)[0])
     assert values[0].item() == pytest.approx(values[1].item(), rel=2e-4)
     assert ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("loss", [icsd.divergence_loss, icsd.released_loss])
+def test_ics_at_another_size(loss):
+    student, teacher = double(2, 3, 4, 5, seed=1, requires_grad=True), double(2, 3, 4, 5, seed=2)
+    large = (F.interpolate(x, size=(9, 13), mode="bilinear", align_corners=True) for x in (student, teacher))
+    assert_same(loss(student, teacher, (9, 13)), loss(*large), student)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_released_ics_is_three_maps_and_sixty_operations(layout):
+    student, teacher = (torch.randn(2, 5, 8, 8).to(memory_format=layout) for _ in range(2))
+    student.requires_grad_()
+    with Watch() as watch:
+        torch.autograd.grad(icsd.released_loss(student, teacher, (128, 128)), student)
+    assert 3 <= watch.peak / (4 * 2 * 5 * 128 * 128) < 3.1 and watch.operations <= 60
 
 
 def test_upsampled_comparison():

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from losses.base import Method, option, term_weight
-from losses.functional import full_precision, pixel_kl, resize_like
+from losses.functional import full_precision, pixel_kl, resize_like, widen
 
 
 class ICSD(Method):
@@ -19,7 +19,8 @@ class ICSD(Method):
     per image; the loss is the mean squared difference of the two matrices. Form "released", what the authors' code computes: softmax
     over the height alone; one matrix per batch with the entries (1/B) * sum of p_l * (log p_l - p_k) for k <= l, mirrored below;
     rows divided by their L2 norm, which takes 1/B out again; the mean squared difference divided by B, the images of one process: with half as
-    many per process it is four times as strong (the published runs have 6). Both are one product of matrices and one vector of entropies.
+    many per process the gradient at an image's logits is four times as large, where that of a mean over images is twice (the published runs
+    have 6). Both are one product of matrices and one vector of entropies.
 
     Term `kd` is plain KD. The authors' is divided by K as well and has weight 10, which is 10 / K here. Their weight of `ics`, 9500,
     belongs to the released form. That of the paper form, 1, is this project's: on `shapes` the gradient at the student's logits is
@@ -63,8 +64,8 @@ class ICSD(Method):
 
 
 def upsampled(logits: Tensor, size) -> Tensor:
-    """Logits at a size (height, width), in NCHW, as the released code enlarges them; as they are where it is None."""
-    return logits if size is None else F.interpolate(logits.contiguous(), size=size, mode="bilinear", align_corners=True)
+    """Logits at a size (height, width), in NCHW and float32, as the released code enlarges them; as they are where it is None."""
+    return logits if size is None else F.interpolate(widen(logits).contiguous(), size=size, mode="bilinear", align_corners=True)
 
 
 @full_precision
@@ -107,18 +108,22 @@ class _Rows(torch.autograd.Function):
         rows = p.flatten(2)
         gram = (rows @ rows.transpose(1, 2)).sum(0, dtype=torch.float64)  # (K, K)
         entropy = p.mul_(log_p).sum(3).sum((0, 2), dtype=torch.float64)  # (K,)
-        upper = (entropy - gram).triu()  # times B; no entry is 0
+        upper = (entropy - gram).triu()  # times B; the diagonal is negative, so that no row has the norm 0
         matrix = upper + upper.triu(1).T
         norm = matrix.norm(dim=1, keepdim=True)
         matrix /= norm
-        ctx.save_for_backward(logits, log_p, matrix, norm)
+        ctx.save_for_backward(None if size is None else logits, log_p, matrix, norm)
         ctx.size = size
         return matrix
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        logits, log_p, matrix, norm = ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False):
+            return _Rows.gradient(ctx.size, gradient, *ctx.saved_tensors), None
+
+    @staticmethod
+    def gradient(size, gradient, logits, log_p, matrix, norm):
         gradient = (gradient - matrix * (gradient * matrix).sum(1, keepdim=True)) / norm
         both = (gradient + gradient.T).to(log_p.dtype)
         of_entropy = both.triu(1).sum(0).add_(gradient.diagonal())
@@ -127,9 +132,9 @@ class _Rows(torch.autograd.Function):
         of_map = torch.baddbmm(rows, both.expand(len(p), -1, -1), rows, beta=0, alpha=-1).view_as(p)  # of the products, to log p below
         of_map.addcmul_(of_entropy[:, None, None], log_p).mul_(p)  # without of_entropy itself, which the next line takes off again
         of_map.addcmul_(p, of_map.sum(2, keepdim=True), value=-1)
-        if ctx.size is None:
-            return of_map, None
+        if size is None:
+            return of_map
         del p, rows
-        with torch.enable_grad():
+        with torch.enable_grad():  # interpolated once more: `interpolate` has a deterministic form on a GPU, its backward operation alone has not
             logits = logits.detach().requires_grad_()
-            return *torch.autograd.grad(upsampled(logits, ctx.size), logits, of_map), None
+            return torch.autograd.grad(upsampled(logits, size), logits, of_map)[0]

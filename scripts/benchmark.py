@@ -10,7 +10,7 @@ Parts: of every method the loss, forward and backward, and the whole step (DeepL
 and the front of its projector alone; then the task loss, the teacher, the metric and the loader. Both forms run interleaved on the same
 fresh inputs after a warm-up; times are medians: process CPU time on one thread, or a GPU's own clock. Their results are compared in the
 same run. Ours gets maps, weights and pictures in the memory formats of a training, the plain form in NCHW, as published trainings have
-them. Under --amp bf16 both run in autocast; --compile is of our form's networks alone. A method without a plain form in a `loss` row is
+them. Under --amp bf16 both run in autocast; --compile compiles the networks of our form only. A method without a plain form in a `loss` row is
 computed as its formula is written; its `step` row shows what the rest of the step gains.
 
 Writes table.md and rows.json to --output after every row. A command that was interrupted, or another one with the same --output, goes on
@@ -20,9 +20,9 @@ Peaks are bytes of tensors made inside and alive at once (a GPU: of its allocato
 Operations are those that torch's dispatcher computes, on a GPU about one kernel each; blocks are waits of the host for the device. Both and
 the peak are of a run of its own, in which nothing is compiled: Af-DCD's contrast makes the same tensors and 4 MiB more then on a CPU. The
 floor is what the products, each at its own precision, and the bytes of the inputs of a loss or a piece and of the weights of a step or a
-teacher take at the best rates that a few 3x3 convolutions and a sum reached on this machine at the start, the larger of the two. `of KD` is the time
-relative to plain KD's in the same part, shape and precision. Errors are relative, in the L2 norm: of the result, and of all gradients (a step's:
-of the first step, at which both forms have the same weights).
+teacher take at the best rates that a few 3x3 convolutions and a sum reached on this machine at the start, the larger of the two. `of KD` is
+the time relative to plain KD's in the same part, shape, precision and --compile mode. Errors are relative, in the L2 norm: of the result, and
+of all gradients (a step's: of the first step, at which both forms have the same weights).
 """
 
 import argparse
@@ -89,6 +89,7 @@ QUICK = (Shape("shapes", 5, (64, 64), 2, (64, 96), "mobilenetv3_small", "resnet1
 
 
 IN_A_ROW = 8  # samples of one measurement of the loader
+KD, COMPILED = parse_arm("kd"), ", --compile "
 
 
 @dataclass
@@ -350,6 +351,7 @@ class Bench:
     def step(self, arm: Arm, mode: str = "off") -> Row:
         """A whole step of `train_step` under `--compile mode`; its plain form has the teacher as it was trained, NCHW, and every plain form."""
         options, trainings, first = self.options(arm), {}, {form: {} for form in FORMS}
+        torch.compiler.reset()  # networks share their code, of which a process keeps eight compiled forms: the ninth would run uncompiled
         for form in FORMS:
             torch.manual_seed(0)
             options.compile = mode if form == "ours" else "off"
@@ -390,7 +392,7 @@ class Bench:
         _, distiller, teacher = trainings["ours"]
         # weights of the teacher; of what is trained, weights and momentum read and written and gradients written and read
         size = bytes_of(teacher.model.parameters()) + 6 * bytes_of(p for p in distiller.parameters() if p.requires_grad)
-        warm_up = 1 if mode in ("off", "default") else 3  # CUDA graphs are recorded in the second step
+        warm_up = 1 if mode in ("off", "default") else 3  # a CUDA graph is recorded in the second step
         return compare(self.machine, self.row("step", step_name(arm, mode), self.amp), forms, inputs, self.step_repeats, error, lambda given: size,
                        warm_up=warm_up)  # fmt: skip
 
@@ -569,7 +571,7 @@ class Bench:
 
 def step_name(arm: Arm, mode: str) -> str:
     """Of its row, under `--compile mode`."""
-    return arm.name if mode == "off" else f"{arm.name}, --compile {mode}"
+    return arm.name if mode == "off" else f"{arm.name}{COMPILED}{mode}"
 
 
 def paint(image: Path, label: Path, size: tuple[int, int], seed: int) -> None:
@@ -582,14 +584,14 @@ def paint(image: Path, label: Path, size: tuple[int, int], seed: int) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """A markdown table. `of KD` is the time relative to that of plain KD in the same part, shape and precision; `from fp32` the plain form's
-    time in float32 relative to ours in half precision, where the table has both."""
+    """A markdown table. `of KD` is the time relative to plain KD's in the same part, shape, precision and --compile mode; `from fp32` the plain
+    form's time in float32 relative to ours in half precision, where the table has both."""
     head = ["part", "name", "shape", "amp", "repeats", "ms", "plain ms", "ratio", "from fp32", "peak MiB", "plain", "ratio", "from fp32", "of KD",
             "value error", "gradient error", "operations", "blocks", "floor ms"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     known = {(row.part, row.name, row.shape, row.amp): row for row in rows}
     for row in rows:
-        kd = known.get((row.part, "kd", row.shape, row.amp))
+        kd = known.get((row.part, step_name(KD, row.name.partition(COMPILED)[2] or "off"), row.shape, row.amp))
         full = known.get((row.part, row.name, row.shape, "off")) if row.amp != "off" else None
         cells = [
             row.part, row.name, row.shape, row.amp, str(row.repeats), shown(row.ms, ".1f"), shown(row.plain_ms, ".1f"),

@@ -18,7 +18,7 @@ from models.fold import fold_batchnorm
 from scripts import benchmark, plain
 from scripts.compare import parse_arm
 from scripts.watch import Watch
-from utils import engine, metrics
+from utils import distill, engine, metrics
 from utils.distill import Distiller, Teacher
 from utils.optim import build_optimizers
 
@@ -234,8 +234,9 @@ def test_rows_of_the_benchmark(tmp_path, capsys, monkeypatch):
 
 
 def test_steps_with_compiled_networks_have_rows_of_their_own(capsys, monkeypatch):
-    """With a compiler that does nothing but count: both networks of our form, one pass in each of two steps and in the one that is watched."""
-    compiled, passes, compile = [], [], torch.compile
+    """With a compiler that does nothing but count: both networks of our form, one pass in each of two steps and in the one that is watched,
+    which are the steps that are marked."""
+    compiled, passes, marks, compile = [], [], [], torch.compile
 
     def counting(function, options=None, **others):
         if options is None:  # the look whether there is a compiler
@@ -244,11 +245,30 @@ def test_steps_with_compiled_networks_have_rows_of_their_own(capsys, monkeypatch
         return lambda *arguments: (passes.append(1), function(*arguments))[1]
 
     monkeypatch.setattr(torch, "compile", counting)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(len(passes)))
     benchmark.main(["--quick", "--parts", "step", "--compile", "default", "off", "--methods", "kd"])
     printed = capsys.readouterr()
     lines = [line.split(" | ") for line in printed.out.splitlines() if line.startswith("| step ")]
     assert [line[1] for line in lines[: len(lines) // 2]] == ["kd", "kd, --compile default"] and "2 of 2: step kd, --compile default" in printed.err
-    assert compiled == 2 * [{"layout_optimization": False}] and len(passes) == 6
+    assert compiled == 2 * [{"layout_optimization": False}] and len(passes) == 6 and marks == [0, 2, 4]
+
+
+def test_every_method_has_its_networks_compiled(capsys, monkeypatch):
+    """Torch's compiler gives up on code that it has compiled eight times, and all networks share theirs."""
+    calls = []
+    monkeypatch.setattr(benchmark, "check_compile", lambda *given: None)
+    monkeypatch.setattr(distill, "compiled", lambda model, mode: model if mode == "off" else torch.compile(
+        model.forward, dynamic=False, backend=lambda graph, inputs: lambda *given: (calls.append(1), graph.forward(*given))[1]))  # fmt: skip
+    methods = ["kd", "at", "cirkd", "dist", "dsd", "feature", "mgd"]
+    benchmark.main(["--quick", "--parts", "step", "--compile", "default", "--methods", *methods])
+    assert len(calls) == 2 * 2 * len(methods)  # of two networks in two steps; the third, which is watched, is never compiled
+
+
+def test_times_are_of_the_kd_with_the_same_compiler():
+    rows = [benchmark.Row("step", name, "s", "off", 1, ms) for name, ms in (("kd", 4.0), ("cwd", 6.0), ("kd, --compile default", 2.0),
+                                                                            ("cwd, --compile default", 5.0))]  # fmt: skip
+    column = table_head().index("of KD")
+    assert [line.strip("|").split("|")[column].strip() for line in benchmark.table(rows).splitlines()[2:]] == ["1.00", "1.50", "1.00", "2.50"]
 
 
 def test_a_wrong_gradient_of_a_step_is_seen(monkeypatch):

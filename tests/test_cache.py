@@ -516,7 +516,13 @@ def load_for_ever(connection, late: bool) -> None:
     multiprocessing.set_start_method("forkserver", force=True)
     if late:
         start = loading._start_worker
-        loading._start_worker = lambda main, worker: (time.sleep(worker), start(main, worker))
+
+        def start_late(main, worker):
+            while worker == 1 and os.getppid() == main:
+                time.sleep(0.01)
+            start(main, worker)
+
+        loading._start_worker = start_late
     loader = build_loader(build_dataset("shapes", None, "train", augment=CROP), EndlessSampler(512, 4), workers=2)
     for number, _ in enumerate(loader):
         if number == 0:

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -825,11 +826,11 @@ def a_step(name, device=CPU, *flags):
     distiller = Distiller(student, TaskLoss(0.4, kind=options.task_loss), build_methods(options.methods, setup), options.compile).to(device)
     frozen = Teacher(teacher.to(device), distiller.teacher_needs, dtype=engine.AMP[options.amp], compile=options.compile)
     training = Training(distiller, build_optimizers(distiller, options), options, device)
-    image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    batch = Batch(image, image[:, 0] // 64, ["a", "b"]).to(device)
+    images = torch.randint(0, 256, (5, 2, 3, 64, 64), dtype=torch.uint8)
+    batches = cycle([Batch(image, image[:, 0] // 64, ["a", "b"]).to(device) for image in images])
 
     def step():
-        engine.train_step(training, distiller, frozen, [batch], training.record)
+        engine.train_step(training, distiller, frozen, [next(batches)], training.record)
         return training.record.rows[-1]
 
     return step
@@ -926,6 +927,7 @@ def test_a_read_in_a_step_is_seen(monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("mode", ["off", "reduce-overhead"])
 def test_a_gpu_is_never_waited_for(name, mode):
+    torch.compiler.reset()  # networks share their code, of which a process keeps eight compiled forms
     step = a_step(name, torch.device("cuda"), "--compile", mode)
     for _ in range(3):  # tuning, compiling and recording graphs may wait
         step()
@@ -945,6 +947,7 @@ def test_cuda_graphs_compute_the_same(name, monkeypatch):
         if isinstance(module, nn.Dropout):
             monkeypatch.setattr(module, "p", 0.0)  # its masks are others when compiled
     found = []
+    torch.compiler.reset()
     for mode in ("off", "reduce-overhead"):
         torch.manual_seed(0)
         step = a_step(name, torch.device("cuda"), "--compile", mode, "--lr", "1e-6")

@@ -219,6 +219,14 @@ def test_released_ics_is_three_maps_and_sixty_operations(layout):
     assert 3 <= watch.peak / (4 * 2 * 5 * 128 * 128) < 3.1 and watch.operations <= 60
 
 
+def test_the_gradient_of_released_ics_is_in_float32_under_autocast():
+    student, teacher = torch.randn(2, 5, 8, 8, requires_grad=True), torch.randn(2, 5, 8, 8)
+    (expected,) = torch.autograd.grad(icsd.released_loss(student, teacher), student)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(icsd.released_loss(student, teacher), student)
+    assert torch.equal(found, expected)
+
+
 def test_upsampled_comparison():
     """`upsample` equals giving logits of the labels' size."""
     student, teacher = torch.randn(1, 5, 6, 6), torch.randn(1, 5, 6, 6)

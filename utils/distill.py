@@ -60,7 +60,7 @@ def compiled(model: nn.Module, mode: str):
     """
     if mode == "off":
         return model
-    from torch._inductor import list_mode_options  # two seconds, of those who compile alone
+    from torch._inductor import list_mode_options  # here: it takes two seconds that only --compile should cost
 
     return torch.compile(model.forward, options=list_mode_options(mode) | {"layout_optimization": False}, dynamic=False)
 
